@@ -1,0 +1,42 @@
+# Everything runs in a virtual environment of its own, made on first use. Needs Python 3.10+ and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help test demo bench lint format doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# torch goes first and pinned: no later requirement may bring another build of it.
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests
+
+demo: $(READY) ## the main job: six methods on EfficientNet-Lite0, table and two pictures in demo_out/
+	$(BIN)/python -m tinytl_kernels compare --preset demo --out demo_out
+
+bench: $(READY) ## the benchmark suite; results in benchmarks/results/
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m benchmarks.tables benchmarks/results/latest.json
+
+lint: $(READY) ## what `make test` lints
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(READY) ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+doctor: $(READY) ## what this machine offers
+	$(BIN)/python -m tinytl_kernels doctor
+
+clean: ## remove the virtual environment and what was made
+	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
