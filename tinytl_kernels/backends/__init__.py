@@ -1,0 +1,107 @@
+"""Who computes an operator: the registry of backends and the rule that picks one.
+
+Arrows run one way: ``ops`` asks :func:`implementation` for a function by operator name, a backend never imports
+``ops`` or ``nn``. A backend is a subpackage with
+
+* ``unavailable_reason() -> str | None``: why it cannot run on this machine, or None;
+* ``cannot_take(tensor) -> str | None``: why it cannot take this tensor, or None;
+* ``OPERATORS: dict[str, Callable]``: its implementations, with the signature of the operator's schema.
+
+Operators that a backend does not define are computed by ``reference``, which defines every one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+# In the order in which they are asked; reference takes everything and comes last.
+BACKENDS = ("reference",)
+
+ENVIRONMENT_VARIABLE = "TINYTL_BACKEND"
+
+
+class _Choice:
+    """One ``use_backend`` block; told from another of the same name by identity."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+# Process-wide and not thread-local on purpose: backward runs in autograd's own threads and must follow the choice
+# that its forward saw.
+_forced: list[_Choice] = []
+
+
+def backend_module(name: str) -> ModuleType:
+    """The subpackage of a backend; raises ``ValueError`` with the known names for an unknown one."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def available_backends() -> dict[str, str]:
+    """What there is to compute with: backend name -> ``"available"`` or the reason why it is not.
+
+    Example:
+        >>> import tinytl_kernels as tk
+        >>> tk.available_backends()["reference"]
+        'available'
+    """
+    return {name: backend_module(name).unavailable_reason() or "available" for name in BACKENDS}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside the ``with`` block, for debugging and benchmarks. Process-wide, not per thread.
+
+    A backend that cannot run here is refused on entry; one that cannot take a tensor (float64 for a native one,
+    say) is an error at the operator that was to take it. The environment variable ``TINYTL_BACKEND`` does the same
+    for a whole process.
+
+    Args:
+        name: one of :func:`available_backends`.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the backend is not available on this machine; the message says why.
+
+    Example:
+        >>> import tinytl_kernels as tk
+        >>> with tk.use_backend("reference"):
+        ...     pass
+    """
+    _require_available(name)
+    choice = _Choice(name)
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        # Not pop(): two threads may leave in another order than they came.
+        _forced.remove(choice)
+
+
+def implementation(operator: str, tensor: torch.Tensor) -> Callable:
+    """The function that computes ``operator`` for ``tensor``, by device, dtype and what is forced."""
+    forced = _forced[-1].name if _forced else os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        _require_available(forced)
+        module = backend_module(forced)
+        if reason := module.cannot_take(tensor):
+            raise RuntimeError(f"backend {forced!r} is forced but cannot take this tensor: {reason}")
+        return module.OPERATORS.get(operator) or backend_module("reference").OPERATORS[operator]
+    for name in BACKENDS:
+        module = backend_module(name)
+        if operator in module.OPERATORS and not module.cannot_take(tensor) and not module.unavailable_reason():
+            return module.OPERATORS[operator]
+    raise AssertionError(f"no backend implements {operator!r}")  # reference implements all, by its tests
+
+
+def _require_available(name: str) -> None:
+    if reason := backend_module(name).unavailable_reason():
+        raise RuntimeError(f"backend {name!r} is not available here: {reason}")

@@ -1,0 +1,1 @@
+"""Facts that operators and backends share: sizes, layouts, kinds of activation. Depends on nothing else here."""

@@ -1,0 +1,36 @@
+"""``torch.nn`` modules to swap in: same arguments, same state_dict, a fraction of what is kept for backward."""
+
+from tinytl_kernels.nn.activation import (
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    SiLU,
+    activation_name,
+)
+from tinytl_kernels.nn.dropout import Dropout
+from tinytl_kernels.nn.frozen_conv import FrozenConvBias
+from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
+from tinytl_kernels.nn.lite_residual import LiteResidual, LiteResidualBlock
+from tinytl_kernels.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+
+__all__ = [
+    "GELU",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "Dropout",
+    "FrozenConvBias",
+    "FrozenInvertedResidual",
+    "Hardsigmoid",
+    "Hardswish",
+    "LeakyReLU",
+    "LiteResidual",
+    "LiteResidualBlock",
+    "MaxPool2d",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
+    "activation_name",
+]

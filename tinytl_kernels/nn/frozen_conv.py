@@ -1,0 +1,199 @@
+"""``FrozenConvBias``: the drop-in for ``nn.Conv2d`` that makes TinyTL's memory saving real."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tinytl_kernels import ops
+from tinytl_kernels.core.activations import check_activation
+from tinytl_kernels.core.geometry import same_padding, tensorflow_same_padding
+from tinytl_kernels.nn.activation import activation_name
+from tinytl_kernels.nn.fold import AppliedConvolution, applied_convolution, fold_batch_norm
+
+TENSORFLOW_SAME = "tf_same"
+
+
+class FrozenConvBias(nn.Conv2d):
+    """A 2-D convolution with a frozen weight, a trained bias and an optional activation, in one operator.
+
+    ``nn.Conv2d`` keeps its input for backward even where its weight is frozen. This one keeps its weight (by
+    reference) and, for an activation of the ReLU family, one bit an output element: never the input, never the output.
+    Same arguments, parameters and state_dict as ``nn.Conv2d``; TinyTL, section 3.1.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, padding_mode, device, dtype:
+            as ``nn.Conv2d``.
+        padding: as ``nn.Conv2d`` (int, pair, ``"valid"``, ``"same"``), or four numbers (top, bottom, left, right), or
+            ``"tf_same"``: TensorFlow's SAME, which depends on the size of each input.
+        activation: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"``: one bit an
+            element; ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``: the value before the activation.
+
+    Shape:
+        (N, C, H, W) or (C, H, W) in; (N, O, H', W') or (O, H', W') out, ``channels_last`` if input or weight is.
+
+    Raises:
+        RuntimeError: in forward, if the weight was set to require a gradient (``to_torch`` is the way back).
+        ValueError: unknown activation or padding, or what ``nn.Conv2d`` refuses.
+
+    Example:
+        >>> import torch, tinytl_kernels as tk
+        >>> layer = tk.FrozenConvBias(16, 32, 3, padding=1, activation="relu6")
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['bias']
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        check_activation(activation)
+        # nn.Conv2d knows neither of these two; every other padding is checked by it.
+        beyond_torch = padding == TENSORFLOW_SAME or (isinstance(padding, (tuple, list)) and len(padding) == 4)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            0 if beyond_torch else padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if beyond_torch:
+            if not isinstance(padding, str) and min(padding) < 0:
+                raise ValueError(f"padding: expected four numbers of at least 0, got {tuple(padding)}")
+            self.padding = padding if isinstance(padding, str) else tuple(padding)
+        self.activation = activation
+        self.weight.requires_grad_(False)
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, norm: nn.Module | None = None, activation: str | nn.Module | None = None
+    ) -> FrozenConvBias:
+        """The frozen twin of ``activation(norm(conv(x)))``, with weights of its own.
+
+        Folds a BatchNorm with its running statistics (from here on they are frozen; its bias is the trained bias) and
+        the weight standardisation or SAME padding of a ``Conv2d`` subclass, whatever its name.
+
+        Args:
+            conv: the convolution; it may be a subclass.
+            norm: a BatchNorm with running statistics, or None.
+            activation: a name, a ``torch.nn`` activation module, or None.
+
+        Returns:
+            A module on the device and in the dtype of ``conv``, in its train/eval mode.
+
+        Raises:
+            TypeError: ``conv`` is not an ``nn.Conv2d``.
+            ValueError: ``norm``, ``activation`` or a forward of its own cannot be represented; the message says why.
+
+        Example:
+            >>> from torch import nn
+            >>> FrozenConvBias.from_conv(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+            FrozenConvBias(3, 8, kernel_size=(3, 3), stride=(1, 1), activation=relu6)
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        if isinstance(activation, nn.Module):
+            module, activation = activation, activation_name(activation)
+            if activation is None:
+                raise ValueError(f"activation: {module} cannot be fused; pass None and keep it as a module")
+        if isinstance(conv, FrozenConvBias):
+            if conv.activation is not None and (norm is not None or activation is not None):
+                raise ValueError(
+                    f"conv: its activation {conv.activation!r} comes first; nothing can be folded behind it"
+                )
+            activation = activation or conv.activation
+            applied = AppliedConvolution(
+                conv.weight.detach(), conv.bias if conv.bias is None else conv.bias.detach(), conv.padding
+            )
+        else:
+            applied = applied_convolution(conv)
+        weight, bias = applied.weight, applied.bias
+        if norm is not None:
+            weight, bias = fold_batch_norm(weight, bias, norm)
+        frozen = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            applied.padding,
+            conv.dilation,
+            conv.groups,
+            bias is not None,
+            conv.padding_mode,
+            weight.device,
+            weight.dtype,
+            activation=activation,
+        )
+        with torch.no_grad():
+            # Rather than copy_: the layout (channels_last) of the weight comes along.
+            frozen.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            if bias is not None:
+                frozen.bias.copy_(bias)
+        return frozen.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.refuse_trained_weight()
+        if input.dim() not in (3, 4):
+            raise ValueError(f"input: expected (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        padding = self.four_paddings(input)
+        if self.padding_mode != "zeros":
+            if any(padding):
+                input = ops.pad2d(input, padding, self.padding_mode)
+            padding = (0, 0, 0, 0)
+        return ops.frozen_conv(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.activation
+        )
+
+    def refuse_trained_weight(self) -> None:
+        """Raise ``RuntimeError`` if somebody set the weight to require a gradient, which would never come."""
+        if self.weight.requires_grad:
+            raise RuntimeError(
+                "FrozenConvBias computes no weight gradient, but its weight has requires_grad=True. Call "
+                "weight.requires_grad_(False), or train the plain PyTorch model that tinytl_kernels.to_torch(model) "
+                "gives."
+            )
+
+    def four_paddings(self, input: Tensor) -> tuple[int, ...]:
+        """The padding of ``input`` as (top, bottom, left, right)."""
+        if isinstance(self.padding, str):
+            if self.padding == "valid":
+                return (0, 0, 0, 0)
+            if self.padding == "same":
+                sides = (same_padding(k, d) for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            else:
+                sides = (
+                    tensorflow_same_padding(input.size(2 + i), self.kernel_size[i], self.stride[i], self.dilation[i])
+                    for i in range(2)
+                )
+            height, width = sides
+            return (*height, *width)
+        if len(self.padding) == 4:
+            return self.padding
+        height, width = self.padding
+        return (height, height, width, width)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation}"

@@ -1,0 +1,159 @@
+"""``FrozenInvertedResidual``: a whole MobileNet block as one operator."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tinytl_kernels import ops
+from tinytl_kernels.core.activations import BIT_MASK
+from tinytl_kernels.nn.frozen_conv import FrozenConvBias
+
+
+class FrozenInvertedResidual(nn.Module):
+    """Expand (1x1), filter depthwise (k x k), project (1x1), with frozen weights and trained biases.
+
+    Its children ``expand`` (None for ``expand_ratio=1``), ``depthwise`` and ``project`` are ``FrozenConvBias`` modules
+    that hold the parameters; they are computed together, so that a backend need not write the expanded activations to
+    memory, and their forward hooks do not run. Kept for backward: one bit an element of the two activations.
+
+    Args:
+        in_channels, out_channels: of the block.
+        expand_ratio: the hidden width is ``round(in_channels * expand_ratio)``.
+        kernel_size, stride: of the depthwise convolution.
+        padding: of the depthwise convolution, as :class:`FrozenConvBias`; None is ``kernel_size // 2``.
+        activation: after ``expand`` and ``depthwise``: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` or
+            ``"hardsigmoid"``.
+        residual: add the input to the output; None does it where stride is 1 and the channels match.
+        device, dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) in, (N, out_channels, H', W') out.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch, tinytl_kernels as tk
+        >>> tk.FrozenInvertedResidual(16, 24, stride=2)(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 24, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        expand_ratio: float = 6.0,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | tuple[int, ...] | str | None = None,
+        activation: str | None = "relu6",
+        residual: bool | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        hidden = round(in_channels * expand_ratio)
+        to = {"device": device, "dtype": dtype}
+        expand = None
+        if expand_ratio != 1:
+            expand = FrozenConvBias(in_channels, hidden, 1, activation=activation, **to)
+        depthwise = FrozenConvBias(
+            hidden,
+            hidden,
+            kernel_size,
+            stride,
+            kernel_size // 2 if padding is None else padding,
+            groups=hidden,
+            activation=activation,
+            **to,
+        )
+        project = FrozenConvBias(hidden, out_channels, 1, **to)
+        if residual is None:
+            residual = stride == 1 and in_channels == out_channels
+        self._adopt(expand, depthwise, project, residual)
+
+    @classmethod
+    def from_convs(
+        cls,
+        expand: FrozenConvBias | None,
+        depthwise: FrozenConvBias,
+        project: FrozenConvBias,
+        residual: bool,
+    ) -> FrozenInvertedResidual:
+        """The block made of these very modules (they are adopted, not copied).
+
+        Raises:
+            ValueError: they do not form an inverted residual block; the message says why.
+        """
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block._adopt(expand, depthwise, project, residual)
+        return block.train(depthwise.training)
+
+    def _adopt(self, expand, depthwise, project, residual: bool) -> None:
+        if reason := not_a_block(expand, depthwise, project):
+            raise ValueError(reason)
+        self.expand, self.depthwise, self.project = expand, depthwise, project
+        self.residual = residual
+
+    @property
+    def activation(self) -> str | None:
+        return self.depthwise.activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.frozen_inverted_residual(*self._arguments(input))
+
+    def forward_with_pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(output, 2x2 average pooling of the input): the port that a lite residual joins by."""
+        return ops.frozen_inverted_residual_pooled(*self._arguments(input))
+
+    def _arguments(self, input: Tensor) -> tuple:
+        for conv in (self.expand, self.depthwise, self.project):
+            if conv is not None:
+                conv.refuse_trained_weight()
+        expand = (None, None) if self.expand is None else (self.expand.weight, self.expand.bias)
+        return (
+            input,
+            *expand,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self.project.weight,
+            self.project.bias,
+            self.depthwise.stride,
+            self.depthwise.four_paddings(input),
+            self.depthwise.activation,
+            self.residual,
+        )
+
+    def extra_repr(self) -> str:
+        return f"residual={self.residual}"
+
+
+def not_a_block(expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias) -> str | None:
+    """Why these modules cannot be computed as one inverted residual block, or None if they can."""
+    for name, conv in (("expand", expand), ("project", project)):
+        if conv is not None and (
+            conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1 or not _unpadded(conv)
+        ):
+            return f"{name}: expected a 1x1 convolution of stride 1, groups 1, no padding, got {conv}"
+    if project.activation is not None:
+        return f"project: expected no activation, got {project.activation!r}"
+    if depthwise.groups != depthwise.in_channels or depthwise.out_channels != depthwise.in_channels:
+        return f"depthwise: expected as many groups as input and output channels, got {depthwise}"
+    if depthwise.dilation != (1, 1) or depthwise.padding_mode != "zeros":
+        return f"depthwise: expected no dilation and zero padding, got {depthwise}"
+    if depthwise.activation is not None and depthwise.activation not in BIT_MASK:
+        return f"depthwise: expected no activation or one of {BIT_MASK}, got {depthwise.activation!r}"
+    if expand is not None and expand.activation != depthwise.activation:
+        return f"expand: expected the activation {depthwise.activation!r} of depthwise, got {expand.activation!r}"
+    if project.in_channels != depthwise.out_channels or (
+        expand is not None and expand.out_channels != depthwise.in_channels
+    ):
+        return "expand, depthwise, project: their channels do not follow from each other"
+    return None
+
+
+def _unpadded(conv: FrozenConvBias) -> bool:
+    # A 1x1 convolution of stride 1 pads nothing under any of the named paddings.
+    return isinstance(conv.padding, str) or not any(conv.padding)

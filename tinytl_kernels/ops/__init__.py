@@ -1,0 +1,23 @@
+"""The operators: one file each, with its schema, checks, fake, autocast and autograd. Backends compute them."""
+
+from tinytl_kernels.ops.activation import activation
+from tinytl_kernels.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
+from tinytl_kernels.ops.dropout import dropout
+from tinytl_kernels.ops.frozen_conv import frozen_conv
+from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
+from tinytl_kernels.ops.max_pool import max_pool2d
+from tinytl_kernels.ops.pad import pad2d
+from tinytl_kernels.ops.upsample_add import upsample_add
+
+__all__ = [
+    "activation",
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "dropout",
+    "frozen_conv",
+    "frozen_inverted_residual",
+    "frozen_inverted_residual_pooled",
+    "max_pool2d",
+    "pad2d",
+    "upsample_add",
+]

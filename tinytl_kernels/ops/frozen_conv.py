@@ -1,0 +1,249 @@
+"""``tinytl::frozen_conv``: convolution with a frozen weight, fused bias and activation, that never keeps its input.
+
+    output = activation(conv2d(input, weight) + bias)                   TinyTL, section 3.1: dL/db needs no activation
+
+Kept for backward: the weight (by reference) and what the activation needs (a bit mask for the ReLU family). Never the
+input, never the output. There is no gradient for the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.core.activations import BIT_MASK, FULL_VALUE, check_activation, mask_size
+from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
+from tinytl_kernels.core.layout import format_of, memory_format
+from tinytl_kernels.ops.library import (
+    autocast_to,
+    define_autocast,
+    define_operator,
+    gradient_needed,
+    no_second_derivative,
+)
+
+
+def frozen_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """2-D convolution with a frozen weight, a trainable bias and an activation.
+
+    Differentiable in ``input`` and ``bias``. The bias gradient and the input gradient come out of one pass over the
+    gradient of the output; whichever is not needed is not computed.
+
+    Args:
+        input: (N, C, H, W), floating point, any strides.
+        weight: (O, C / groups, kH, kW), in the dtype of ``input``, or float32 beside a half-precision input (it is
+            rounded on the way in and stays float32 in memory). Must not require a gradient.
+        bias: (O,), in the dtype of ``input`` or float32; its gradient comes in its own dtype.
+        stride, dilation: int or (height, width).
+        padding: int, (height, width) or (top, bottom, left, right), zeros.
+        groups: ``C`` and ``O`` are divided into this many independent groups.
+        activation: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"`` (these keep one
+            bit an output element), ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` (these keep the value
+            before the activation).
+
+    Returns:
+        (N, O, H', W') in the dtype of ``input``; ``channels_last`` if ``input`` or ``weight`` is, else contiguous.
+
+    Raises:
+        RuntimeError: ``weight`` requires a gradient, or a second derivative is asked for.
+        ValueError: shapes, dtypes or numbers do not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from tinytl_kernels import ops
+        >>> x, w = torch.randn(2, 8, 14, 14, requires_grad=True), torch.randn(16, 8, 3, 3)
+        >>> ops.frozen_conv(x, w, torch.zeros(16), stride=2, padding=1, activation="relu6").shape
+        torch.Size([2, 16, 7, 7])
+    """
+    output, _ = torch.ops.tinytl.frozen_conv(
+        input,
+        weight,
+        bias,
+        pair(stride, "stride"),
+        four_paddings(padding),
+        pair(dilation, "dilation"),
+        groups,
+        activation,
+        gradient_needed(input, bias),
+    )
+    return output
+
+
+def _check(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved) -> None:
+    check_activation(activation)
+    if input.dim() != 4:
+        raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(input.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight.shape)}")
+    if not input.is_floating_point():
+        raise ValueError(f"input: expected a floating point dtype, got {input.dtype}")
+    _check_companion("weight", weight, input)
+    if groups < 1 or weight.size(0) % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight.size(0)} output channels, got {groups}")
+    if input.size(1) != weight.size(1) * groups:
+        raise ValueError(
+            f"input: expected {weight.size(1) * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
+            f"got {input.size(1)} in shape {tuple(input.shape)}"
+        )
+    if bias is not None:
+        _check_companion("bias", bias, input)
+        if bias.dim() != 1 or bias.size(0) != weight.size(0):
+            raise ValueError(f"bias: expected shape ({weight.size(0)},), got {tuple(bias.shape)}")
+    for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
+        expected = 4 if name == "padding" else 2
+        if len(values) != expected or any(value < least for value in values):
+            raise ValueError(f"{name}: expected {expected} numbers of at least {least}, got {tuple(values)}")
+    height, width = _output_size(input.shape, weight.shape, stride, padding, dilation)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"input: {tuple(input.shape[2:])} with padding {tuple(padding)} is smaller than the kernel "
+            f"{tuple(weight.shape[2:])} with dilation {tuple(dilation)}"
+        )
+
+
+def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected on {input.device} as the input, got {tensor.device}")
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
+        raise ValueError(f"{name}: expected dtype {input.dtype} as the input, got {tensor.dtype}")
+
+
+def _output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, int]:
+    top, bottom, left, right = padding
+    return (
+        output_length(input_size[2], weight_size[2], stride[0], top, bottom, dilation[0]),
+        output_length(input_size[3], weight_size[3], stride[1], left, right, dilation[1]),
+    )
+
+
+def _fake(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved):
+    size = (input.size(0), weight.size(0), *_output_size(input.shape, weight.shape, stride, padding, dilation))
+    output = input.new_empty(size).to(memory_format=memory_format(input, weight))
+    if activation is None or not needs_saved:
+        return output, input.new_empty(0, dtype=torch.uint8)
+    if activation in BIT_MASK:
+        return output, input.new_empty(mask_size(size), dtype=torch.uint8)
+    return output, torch.empty_like(output)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, weight, bias, stride, padding, dilation, groups, activation, needs_saved = inputs
+    if weight.requires_grad:
+        raise RuntimeError(
+            "weight: a frozen convolution computes no weight gradient, but its weight has requires_grad=True. "
+            "Keep it frozen, or train it in the plain PyTorch model that tinytl_kernels.to_torch(model) gives."
+        )
+    out, saved = output
+    ctx.mark_non_differentiable(saved)
+    if activation is not None and not needs_saved:
+        raise RuntimeError("needs_saved: a gradient can be asked for, so expected True, got False")
+    # The weight is only read for the input gradient.
+    ctx.save_for_backward(weight, saved)
+    ctx.input_size = input.shape
+    ctx.geometry = (stride, padding, dilation, groups)
+    ctx.activation = activation
+    ctx.channels_last = memory_format(out) is torch.channels_last
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad_output, _grad_saved):
+    if torch.is_grad_enabled() and ctx.activation in FULL_VALUE:
+        # create_graph=True. The value before a smooth activation is kept as a number without history, so its part of a
+        # second derivative could only be lost in silence.
+        raise no_second_derivative("frozen_conv")
+    weight, saved = ctx.saved_tensors
+    need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_input, grad_bias = torch.ops.tinytl.frozen_conv_backward(
+        grad_output,
+        weight,
+        saved,
+        ctx.input_size,
+        *ctx.geometry,
+        ctx.activation,
+        ctx.channels_last,
+        need_input,
+        need_bias,
+    )
+    return (
+        grad_input if need_input else None,
+        None,
+        grad_bias.to(ctx.bias_dtype) if need_bias else None,
+        *[None] * 6,
+    )
+
+
+define_operator(
+    "frozen_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " SymInt groups, str? activation, bool needs_saved) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _check_backward(
+    grad_output,
+    weight,
+    saved,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    channels_last,
+    need_input,
+    need_bias,
+) -> None:
+    check_activation(activation)
+    size = (input_size[0], weight.size(0), *_output_size(input_size, weight.shape, stride, padding, dilation))
+    if tuple(grad_output.shape) != size:
+        raise ValueError(f"grad_output: expected shape {size}, got {tuple(grad_output.shape)}")
+    if saved.dtype == torch.uint8 and activation is not None and tuple(saved.shape) != mask_size(size):
+        raise ValueError(f"saved: expected a bit mask of shape {mask_size(size)}, got {tuple(saved.shape)}")
+
+
+def _fake_backward(
+    grad_output,
+    weight,
+    saved,
+    input_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    channels_last,
+    need_input,
+    need_bias,
+):
+    accumulate = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    grad_input = grad_output.new_empty(input_size if need_input else 0)
+    if need_input:
+        grad_input = grad_input.to(memory_format=format_of(channels_last))
+    return grad_input, grad_output.new_empty(weight.size(0) if need_bias else 0, dtype=accumulate)
+
+
+define_operator(
+    # grad_bias is accumulated, and returned, in float32 (float64 for float64); what is not needed has no elements.
+    "frozen_conv_backward(Tensor grad_output, Tensor weight, Tensor saved, SymInt[] input_size, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, bool channels_last, bool need_input,"
+    " bool need_bias) -> (Tensor grad_input, Tensor grad_bias)",
+    check=_check_backward,
+    fake=_fake_backward,
+)
+
+# Only the input is cast: the weight stays float32 in memory and is rounded inside, so that no cast copy of it is kept
+# for backward; the bias and its gradient stay float32.
+define_autocast("frozen_conv", lambda dtype, args: (autocast_to(dtype, args[0]), *args[1:]))
