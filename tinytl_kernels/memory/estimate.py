@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_kernels.memory.inputs import as_arguments, batch_size, input_tensors, unwrap
 from tinytl_kernels.memory.report import format_bytes, largest, plot_memory, render_table
+from tinytl_kernels.nn import FrozenInvertedResidual
 
 ACTIVATION_BYTES = 4
 TRAINED_BYTES = 4
@@ -203,14 +204,20 @@ def estimate_memory(model: nn.Module, example_input: Any) -> MemoryEstimate:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that the run leaves no trace in running statistics; every module's own flag comes back."""
+    """Eval mode, so that the run leaves no trace in running statistics, and whole blocks layer by layer, so that their
+    layers are seen; every module's own flags come back."""
     modes = {module: module.training for module in model.modules()}
+    blocks = [module for module in model.modules() if isinstance(module, FrozenInvertedResidual) and module.fused]
     try:
         model.eval()
+        for block in blocks:
+            block.fused = False
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for block in blocks:
+            block.fused = True
 
 
 @dataclass

@@ -14,7 +14,8 @@ class FrozenInvertedResidual(nn.Module):
 
     Its children ``expand`` (None for ``expand_ratio=1``), ``depthwise`` and ``project`` are ``FrozenConvBias`` modules
     that hold the parameters; they are computed together, so that a backend need not write the expanded activations to
-    memory, and their forward hooks do not run. Kept for backward: one bit an element of the two activations.
+    memory, and their forward hooks do not run. Kept for backward: one bit an element of the two activations. With the
+    attribute ``fused`` set to False they are called one after the other instead, for hooks and for looking inside.
 
     Args:
         in_channels, out_channels: of the block.
@@ -94,14 +95,19 @@ class FrozenInvertedResidual(nn.Module):
     def _adopt(self, expand, depthwise, project, residual: bool) -> None:
         if reason := not_a_block(expand, depthwise, project):
             raise ValueError(reason)
-        self.expand, self.depthwise, self.project = expand, depthwise, project
+        self.register_module("expand", expand)  # None is registered too, as nn.Module does for absent children
+        self.depthwise, self.project = depthwise, project
         self.residual = residual
+        self.fused = True
 
     @property
     def activation(self) -> str | None:
         return self.depthwise.activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.fused:
+            output = self.project(self.depthwise(input if self.expand is None else self.expand(input)))
+            return input + output if self.residual else output
         return ops.frozen_inverted_residual(*self._arguments(input))
 
     def forward_with_pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:

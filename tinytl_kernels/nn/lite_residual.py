@@ -178,6 +178,7 @@ class LiteResidualBlock(nn.Module):
         # The fused block averages its input 2 x 2 while it streams it anyway.
         return (
             isinstance(self.main, FrozenInvertedResidual)
+            and self.main.fused
             and isinstance(self.lite, LiteResidual)
             and self.lite.downsample == 2
         )

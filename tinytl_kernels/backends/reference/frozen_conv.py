@@ -45,7 +45,10 @@ def frozen_conv(
 
 def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) -> Tensor:
     top, bottom, left, right = padding
-    if top == bottom and left == right:
+    even = top == bottom and left == right
+    # oneDNN computes in a blocked layout and copies the result into NCHW: image by image, so that there are not two
+    # outputs at a time (measured: not slower, as a chunk stays in cache).
+    if even and (layout is torch.channels_last or input.device.type != "cpu" or input.size(0) == 1):
         output = torch.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
         return output.contiguous(memory_format=layout)
     # ATen pads both sides alike. A padded copy of the input is avoided by padding both sides by as much as covers

@@ -13,9 +13,13 @@ from tinytl_kernels.core.layout import format_of, memory_format
 def upsample_add(main: Tensor, branch: Tensor) -> Tensor:
     layout = memory_format(main)
     output = torch.empty_like(main, memory_format=layout)
-    # Interpolated where the sum is to stand: the upsampled branch has no memory of its own.
-    torch.ops.aten.upsample_bilinear2d.out(branch.contiguous(memory_format=layout), main.shape[2:], False, out=output)
-    return output.add_(main)
+    branch = branch.contiguous(memory_format=layout)
+    # Interpolated where the sum is to stand: the upsampled branch has no memory of its own. A few images at a time,
+    # because ATen takes small contiguous images through a channels-last copy.
+    for images in image_chunks(main):
+        torch.ops.aten.upsample_bilinear2d.out(branch[images], main.shape[2:], False, out=output[images])
+        output[images].add_(main[images])
+    return output
 
 
 def upsample_add_backward(grad_output: Tensor, branch_size, channels_last: bool) -> Tensor:
