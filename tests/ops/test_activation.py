@@ -176,3 +176,9 @@ def test_compiles_without_a_graph_break_with_dynamic_shapes():
         x = torch.randn(2, size, size, 3).requires_grad_()
         expected = torch.autograd.grad(step(x), x)[0]
         torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+
+def test_gradient_comes_back_channels_last_even_if_grad_output_is_expanded():
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(ops.activation(x, "relu").mean((2, 3)).sum(), x)
+    assert grad.is_contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE, check_activation, mask_size
+from tinytl_kernels.core.layout import memory_format
 from tinytl_kernels.ops.library import define_operator, gradient_needed
 
 
@@ -62,9 +63,14 @@ def _setup_context(ctx, inputs, output) -> None:
     # A smooth derivative needs the input itself: kept by reference, it costs nothing while somebody else holds it.
     ctx.save_for_backward(mask if name in BIT_MASK else input)
     ctx.name, ctx.negative_slope = name, negative_slope
+    ctx.channels_last = memory_format(input) is torch.channels_last
 
 
 def _backward(ctx, grad_output, _grad_mask):
+    if ctx.channels_last:
+        # A no-op, but for a gradient that was expanded (by the mean over the image behind the last block, mostly): left
+        # so, everything below would fall out of channels_last.
+        grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     (saved,) = ctx.saved_tensors
     grad_input = torch.ops.tinytl.activation_backward(grad_output, saved, ctx.name, ctx.negative_slope)
     return grad_input, None, None, None

@@ -33,7 +33,7 @@ def frozen_conv(
     layout = memory_format(input, weight)
     weight = weight.to(input.dtype)
     bias = bias if bias is None else bias.to(input.dtype)
-    output = _convolve(input, weight, bias, stride, padding, dilation, groups, layout)
+    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout)
     nothing = input.new_empty(0, dtype=torch.uint8)
     if activation is None:
         return output, nothing
@@ -43,7 +43,7 @@ def frozen_conv(
     return apply_activation_(output, activation), saved
 
 
-def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) -> Tensor:
+def convolve(input, weight, bias, stride, padding, dilation, groups, layout) -> Tensor:
     top, bottom, left, right = padding
     even = top == bottom and left == right
     # oneDNN computes in a blocked layout and copies the result into NCHW: image by image, so that there are not two
@@ -107,11 +107,11 @@ def frozen_conv_backward(
         if need_bias:
             grad_bias += grad.sum((0, 2, 3), dtype=grad_bias.dtype)
         if need_input:
-            _transposed_convolution(grad, weight, stride, padding, dilation, groups, out=grad_input[images])
+            transposed_convolution(grad, weight, stride, padding, dilation, groups, out=grad_input[images])
     return grad_input, grad_bias
 
 
-def _transposed_convolution(grad, weight, stride, padding, dilation, groups, out: Tensor) -> None:
+def transposed_convolution(grad, weight, stride, padding, dilation, groups, out: Tensor) -> None:
     top, bottom, left, right = padding
     # Pixels at the far edge that no window reached; ATen crops both sides alike, so crop by the smaller padding and
     # cut the rest off the result.

@@ -1,0 +1,221 @@
+"""Functional activations and pools: the smallest enclosing forward is generated anew, and the module stays itself."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.checks import saved_bytes
+from tests.convert.models import FunctionalNet, FusableNet, with_statistics
+from tinytl_kernels.convert import conversion_report, convert
+
+X = torch.randn(2, 3, 17, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def pair(kind: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    stock = with_statistics(kind(), 16).double().eval()
+    return convert(stock, "bias", example_input=X), stock
+
+
+def same_gradients(model: nn.Module, stock: nn.Module, *args, **kwargs) -> None:
+    gradients = []
+    for net in (model, stock):
+        x = X.clone().requires_grad_()
+        y = net(x, *args, **kwargs)
+        y.square().sum().backward()
+        gradients += [y.detach(), x.grad]
+    torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+def test_outputs_and_gradients_stay(kind: type[nn.Module]) -> None:
+    same_gradients(*pair(kind))
+
+
+def test_optional_arguments_still_work() -> None:
+    model, stock = pair(FunctionalNet)
+    same_gradients(model, stock, True)
+    same_gradients(model, stock, features=True, scale=2.0)
+    same_gradients(model, stock, False, scale=0.5)
+    assert inspect.signature(type(model).forward) == inspect.signature(FunctionalNet.forward)
+
+
+def test_the_original_forward_does_not_activate_twice() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+            y = F.hardswish(self.conv(x))
+            return y * 2 if twice else y
+
+    model, stock = pair(Optional)
+    same_gradients(model, stock)
+    same_gradients(model, stock, twice=True)
+
+
+def test_class_methods_and_attributes_stay() -> None:
+    model, stock = pair(FunctionalNet)
+    assert isinstance(model, FunctionalNet)
+    assert type(model).__name__ == "FunctionalNet"
+    assert type(model).__module__ == FunctionalNet.__module__
+    assert list(model._modules) == list(stock._modules)
+
+
+def test_training_and_evaluation_each_have_their_code() -> None:
+    model, _ = pair(FunctionalNet)
+    torch.manual_seed(0)
+    a = model.train()(X)
+    torch.manual_seed(1)
+    assert not torch.equal(model(X), a)
+    model.eval()
+    assert torch.equal(model(X), model(X))
+
+
+def test_activations_right_behind_convolutions_are_fused() -> None:
+    model, _ = pair(FusableNet)
+    assert [model.conv1.activation, model.conv2.activation, model.conv3.activation] == ["relu6", "relu", "leaky_relu"]
+
+
+def test_saved_bytes_are_bits() -> None:
+    model, stock = pair(FusableNet)
+    # Three masks of 8 channels (a byte a pixel), and the head's input.
+    bits = 2 * (15 * 12 + 13 * 10 + 11 * 8)
+    own = [*model.parameters(), *model.buffers()]
+    assert saved_bytes(lambda: model(X), own) == bits + 2 * 8 * 8
+    assert saved_bytes(lambda: stock(X), [*stock.parameters(), *stock.buffers()]) > 50 * bits
+
+
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+def test_copies_and_pickles_compute_the_same(kind: type[nn.Module]) -> None:
+    model, _ = pair(kind)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(X), model(X))
+        assert type(other) is type(model)
+        assert str(conversion_report(other)) == str(conversion_report(model))
+
+
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+def test_compiles_without_graph_breaks(kind: type[nn.Module]) -> None:
+    model, _ = pair(kind)
+    expected = model(X)
+    expected.sum().backward()
+    gradient, model.conv2.bias.grad = model.conv2.bias.grad, None
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(X)
+    output.sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(model.conv2.bias.grad, gradient)
+
+
+def test_only_the_smallest_module_is_rewritten() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.other = FusableNet(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.other(x))
+
+    model, _ = pair(Outer)
+    assert type(model) is Outer
+    assert type(model.inner) is not FusableNet
+    assert isinstance(model.inner, FusableNet)
+
+
+def test_equal_modules_share_one_generated_class() -> None:
+    model, _ = pair(Twins)
+    assert type(model.a) is type(model.b)
+
+
+class Twins(nn.Module):
+    """Two equal functional modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = FusableNet(), FusableNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+class Overwriting(nn.Module):
+    """An in-place activation on a tensor that is read again, and one on the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return F.relu_(y) + y
+
+
+def test_in_place_calls_on_what_is_read_again_are_left_alone() -> None:
+    model, stock = pair(Overwriting)
+    same_gradients(model, stock)
+    assert type(model) is Overwriting
+    assert any("overwrites" in note.text for note in conversion_report(model).kept)
+
+
+class Untraceable(nn.Module):
+    """Branches on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return F.relu(y) if y.mean() < 1e9 else y
+
+
+def test_what_cannot_be_traced_stays_and_is_reported() -> None:
+    model, stock = pair(Untraceable)
+    same_gradients(model, stock)
+    assert type(model) is Untraceable
+    assert any("cannot trace" in note.text for note in conversion_report(model).kept)
+
+
+class OtherSelf(nn.Module):
+    """Names that clash with what generated code uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(this, input: Tensor, getattr: int = 1, *args: int, **options: int) -> Tensor:
+        return F.relu(this.conv(input)) * getattr * (1 + len(args)) * options.get("k", 1)
+
+
+def test_awkward_signatures_survive() -> None:
+    model, stock = pair(OtherSelf)
+    assert type(model) is not OtherSelf
+    for args, kwargs in (((), {}), ((3,), {}), ((3, 4, 5), {}), ((), {"k": 2}), ((), {"getattr": 7})):
+        torch.testing.assert_close(model(X, *args, **kwargs), stock(X, *args, **kwargs))
+
+
+def test_smooth_functions_are_named_in_the_report() -> None:
+    class Smooth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x) + F.gelu(F.pad(self.conv(x), (1, 1, 1, 1)), approximate="tanh")
+
+    model, stock = pair(Smooth)
+    same_gradients(model, stock)
+    texts = [note.text for note in conversion_report(model).kept]
+    assert any("silu keeps a full value" in text for text in texts)
+    assert any("gelu keeps a full value" in text for text in texts)

@@ -1,0 +1,283 @@
+"""Modules whose own forward calls functional activations or pools: that forward is generated anew from its fx graph.
+
+The instance gets a subclass of its own class, so that ``isinstance``, methods, attributes and names stay. Only the
+smallest enclosing module is touched. As with any code from an fx graph, plain Python attributes that forward reads
+(a dropout rate, a flag) are fixed at the time of the conversion; ``self.training`` is not, and a call with an optional
+argument takes the original forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from tinytl_kernels.core.activations import LEAKY_SLOPE
+from tinytl_kernels.nn import FrozenConvBias
+
+from .aliasing import safe_in_place
+from .functional import activation_call, lean_call, writes_in_place
+from .trace import MODES, required_arguments, trace_shallow
+
+_ATTRIBUTE = "_tinytl_rewrite"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """All that is needed to make the generated class again, here or in another process.
+
+    Args:
+        original: The class whose forward was replaced.
+        sources: The generated code, by mode.
+        names: What that code refers to: ``(name, object)``, a module as ``(name, ("module", its name))``.
+        fused: ``(path, activation)`` of the convolutions that took over an activation of this forward.
+    """
+
+    original: type[nn.Module]
+    sources: tuple[tuple[str, str], ...]
+    names: tuple[tuple[str, Any], ...]
+    fused: tuple[tuple[str, str], ...]
+
+
+def owners_of_functions(graphs: list[fx.Graph]) -> list[nn.Module]:
+    """Modules whose own forward calls something a lean operator can stand in for, in order of execution."""
+    owners: dict[nn.Module, None] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op in ("call_function", "call_method") and (lean_call(node) or activation_call(node)):
+                owners.setdefault(node.meta["owner"])
+    return list(owners)
+
+
+def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) -> tuple[list[str], list[str]]:
+    """Replace the functional calls of ``module``'s own forward by lean operators.
+
+    Args:
+        module: Changed in place: its class becomes a generated subclass.
+        may_fuse: Whether a convolution may take over the activation behind it.
+
+    Returns:
+        What was done, and what had to stay and why, as short texts.
+    """
+    refusal = _refusal(module)
+    if refusal:
+        return [], [refusal]
+    try:
+        graphs = trace_shallow(module)
+    except Exception as error:  # whatever a user's forward raises when it meets a proxy
+        return [], [f"functional calls stay: torch.fx cannot trace its forward ({type(error).__name__})"]
+    if any(node.op == "get_attr" and not _exists(module, node.target) for g in graphs.values() for node in g.nodes):
+        return [], ["functional calls stay: its forward makes constant tensors"]
+    done: dict[str, None] = {}
+    kept: dict[str, None] = {}
+    fused = _fuse(module, graphs, may_fuse, kept)
+    done.update(dict.fromkeys(f"{name} fused into {path}" for path, name in fused.items()))
+    for graph in graphs.values():
+        _replace_calls(graph, done, kept)
+    if done:
+        module.__class__ = generated_class(_describe(type(module), graphs, fused))
+        for path, name in fused.items():
+            module.get_submodule(path).activation = name
+    return list(done), list(kept)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo :func:`rewrite_forward`: the original class, and convolutions without its activations."""
+    rewrite = getattr(type(module), _ATTRIBUTE, None)
+    if rewrite is None:
+        return
+    for path, _ in rewrite.fused:
+        module.get_submodule(path).activation = None
+    module.__class__ = rewrite.original
+
+
+def _refusal(module: nn.Module) -> str:
+    if isinstance(module, fx.GraphModule):
+        return "functional calls stay: its forward is already generated code"
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        return "functional calls stay: its forward needs keyword-only arguments"
+    return ""
+
+
+def _exists(module: nn.Module, path: str) -> bool:
+    try:
+        functools.reduce(getattr, path.split("."), module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _fuse(
+    module: nn.Module, graphs: dict[str, fx.Graph], may_fuse: Callable[[nn.Module], bool], kept: dict[str, None]
+) -> dict[str, str]:
+    """Let convolutions take over the activation that alone reads them, where both modes agree; edits the graphs."""
+    if len(inspect.signature(type(module).forward).parameters) != len(required_arguments(type(module).forward)):
+        return {}  # the original forward stays reachable, and would apply the activation again
+    found: dict[str, dict[str, tuple[str, fx.Node]]] = {}
+    for mode, graph in graphs.items():
+        targets = [node.target for node in graph.nodes if node.op == "call_module"]
+        found[mode] = {}
+        for node in graph.nodes:
+            known = activation_call(node) if node.op != "call_module" else None
+            path = _convolution_before(node) if known and known[1] == LEAKY_SLOPE else None
+            if path and targets.count(path) == 1:
+                conv = module.get_submodule(path)
+                if type(conv) is FrozenConvBias and conv.activation is None and may_fuse(conv):
+                    found[mode][path] = (known[0], node)
+    fused: dict[str, str] = {}
+    for path in {**found["train"], **found["eval"]}:
+        names = {found[mode][path][0] if path in found[mode] else None for mode in MODES if _calls(graphs[mode], path)}
+        if len(names) == 1 and None not in names:
+            fused[path] = names.pop()
+            for mode in MODES:
+                if path in found[mode]:
+                    node = found[mode][path][1]
+                    node.replace_all_uses_with(node.args[0])
+                    graphs[mode].erase_node(node)
+    return fused
+
+
+def _calls(graph: fx.Graph, path: str) -> bool:
+    return any(node.op == "call_module" and node.target == path for node in graph.nodes)
+
+
+def _convolution_before(node: fx.Node) -> str | None:
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
+        if isinstance(source.meta["module"], FrozenConvBias):
+            return source.target
+        if type(source.meta["module"]) is not nn.Identity:
+            return None
+        source = source.args[0]
+    return None
+
+
+def _replace_calls(graph: fx.Graph, done: dict[str, None], kept: dict[str, None]) -> None:
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        lean = lean_call(node)
+        if lean is None:
+            if activation_call(node):
+                kept.setdefault(f"{_name(node)} keeps a full value: its derivative is smooth")
+            continue
+        if writes_in_place(node) and not safe_in_place(node):
+            kept.setdefault(f"{_name(node)} overwrites a tensor that may be read again: left alone")
+            continue
+        operator, arguments = lean
+        with graph.inserting_before(node):
+            replacement = graph.call_function(operator, arguments)
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+        done.setdefault(f"{_name(node)} by the lean operator")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _describe(original: type[nn.Module], graphs: dict[str, fx.Graph], fused: dict[str, str]) -> Rewrite:
+    sources, names = [], {}
+    for mode in MODES:
+        for node in graphs[mode].nodes:
+            node.type = None  # the dispatcher has the annotations
+        code = graphs[mode].python_code("self")
+        sources.append((mode, code.src.strip() + "\n"))
+        used = set(_code_names(compile(code.src, "<generated>", "exec")))
+        for name, value in code.globals.items():
+            if name in used:
+                names[name] = ("module", value.__name__) if isinstance(value, ModuleType) else value
+    return Rewrite(original, tuple(sources), tuple(sorted(names.items())), tuple(fused.items()))
+
+
+def _code_names(code) -> list[str]:
+    return [*code.co_names, *(name for c in code.co_consts if hasattr(c, "co_names") for name in _code_names(c))]
+
+
+_DISPATCH = """\
+def forward({signature}):
+    {guard}if self.training:
+        return self._forward_in_training({required})
+    return self._forward_in_evaluation({required})
+"""
+
+
+@functools.cache
+def generated_class(rewrite: Rewrite) -> type[nn.Module]:
+    """The subclass of ``rewrite.original`` with the generated forward; equal rewrites share one class."""
+    original = rewrite.original
+    names = {
+        name: importlib.import_module(value[1]) if isinstance(value, tuple) and value[0] == "module" else value
+        for name, value in rewrite.names
+    }
+    functions = {mode: _execute(source, dict(names), original, mode) for mode, source in rewrite.sources}
+    attributes = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "forward": _dispatcher(original),
+        "_forward_in_training": functions["train"],
+        "_forward_in_evaluation": functions["eval"],
+        _ATTRIBUTE: rewrite,
+    }
+    return type(original.__name__, (original,), attributes)
+
+
+def _dispatcher(original: type[nn.Module]) -> Callable:
+    """A forward with the original signature that picks the code of the mode."""
+    forward = original.forward
+    names: dict[str, Any] = {"_stock": original}
+    signature, passed, given = ["self"], ["self"], []
+    required = required_arguments(forward)
+    keyword_only = False
+    for p in list(inspect.signature(forward).parameters.values())[1:]:
+        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        if p.kind is p.KEYWORD_ONLY and not keyword_only and "*" not in "".join(signature):
+            signature.append("*")
+        keyword_only |= p.kind is p.KEYWORD_ONLY
+        passed.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else star + p.name)
+        if star:
+            signature.append(star + p.name)
+            given.append(p.name)
+        elif p.name in required:
+            signature.append(p.name)
+        else:
+            names[f"_default_{p.name}"] = p.default
+            signature.append(f"{p.name}=_default_{p.name}")
+            same = "!=" if isinstance(p.default, (int, float, str)) and not isinstance(p.default, bool) else "is not"
+            given.append(f"{p.name} {same} _default_{p.name}")
+    guard = f"if {' or '.join(given)}:\n        return _stock.forward({', '.join(passed)})\n    " if given else ""
+    source = _DISPATCH.format(signature=", ".join(signature), required=", ".join(required[1:]), guard=guard)
+    dispatcher = _execute(source, names, original, "dispatch")
+    dispatcher.__annotations__ = dict(getattr(forward, "__annotations__", {}))
+    dispatcher.__doc__ = forward.__doc__
+    return dispatcher
+
+
+def _execute(source: str, names: dict[str, Any], original: type, part: str) -> Callable:
+    filename = f"<tinytl_kernels.convert {original.__module__}.{original.__qualname__} {part} {hash(source):x}>"
+    # Tracebacks and debuggers show the generated lines.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), names)
+    return names["forward"]
+
+
+def _reduce_ex(self: nn.Module, protocol: int):
+    # The generated class cannot be imported by name: it is made again from its description.
+    state = object.__reduce_ex__(self, 2)[2]
+    return _rebuild, (getattr(type(self), _ATTRIBUTE),), state
+
+
+def _rebuild(rewrite: Rewrite) -> nn.Module:
+    cls = generated_class(rewrite)
+    return cls.__new__(cls)
