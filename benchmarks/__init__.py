@@ -1,0 +1,8 @@
+"""What tinytl_kernels is worth in seconds and bytes, beside everything a user would pick instead.
+
+    pytest benchmarks/ --benchmark-only --benchmark-json=results.json
+    python -m benchmarks.tables results.json
+
+``cases`` says what is run, ``contestants`` (``peers``, ``ours``) who runs it, ``answers`` whether the answer is right,
+``interleave`` how long it took, ``memory`` what it held; ``match`` puts them together and ``tables`` prints them.
+"""
