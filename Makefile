@@ -23,7 +23,7 @@ test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
 	$(BIN)/python -m pytest tests
 
 demo: $(READY) ## the main job: six methods on EfficientNet-Lite0, table and two pictures in demo_out/
-	$(BIN)/python -m tinytl_kernels compare --preset demo --out demo_out
+	$(BIN)/python -m tinytl_kernels compare --out demo_out --overwrite
 
 bench: $(READY) ## the benchmark suite; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json

