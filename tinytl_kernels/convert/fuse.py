@@ -1,7 +1,12 @@
-"""Recognise inverted residual blocks by their structure and compute each as one operator."""
+"""Recognise inverted residual blocks by their structure and compute each as one operator.
+
+The block stays where it is, with its class, its names and its children: the instance gets a subclass of its own class
+and of :class:`~tinytl_kernels.nn.FrozenInvertedResidual`, whose forward is the operator.
+"""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Collection
 
@@ -13,13 +18,14 @@ from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
 
 from .probe import tampered
 from .report import ConversionReport, Note
+from .rewrite import Rewrite, generated_class, rewrite_of
 from .trace import trace_model
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[str] = ()) -> None:
-    """Put a :class:`FrozenInvertedResidual` in the place of every block that is one, outermost module first.
+    """Make every block that is an inverted residual compute as one operator, outermost module first.
 
     A block is a module of which nothing is left, after its layers were swapped, but an optional 1x1 expansion, a
     depthwise convolution, a 1x1 projection and an optional addition of its input, in training and in evaluation.
@@ -35,21 +41,67 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
             continue
         if any(path.startswith(f"{name}.") for path in apart):
             continue
-        block = _as_block(module)
-        if block is None:
+        convs = _read_block(module)
+        if convs is None:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, block)
+        *chain, residual = convs
+        paths = tuple(None if conv is None else _path_of(conv, module) for conv in chain)
+        module.__class__ = fused_class(type(module), paths, residual)
         done.append(name)
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
 
 
-def _as_block(module: nn.Module) -> FrozenInvertedResidual | None:
+def restore_block(module: nn.Module) -> None:
+    """Undo :func:`fuse_blocks` for one module: the class it had."""
+    if "_layer_by_layer_class" in vars(type(module)):
+        module.__class__ = type(module)._layer_by_layer_class
+
+
+@functools.cache
+def fused_class(base: type[nn.Module], paths: tuple[str | None, ...], residual: bool) -> type[FrozenInvertedResidual]:
+    """The subclass of ``base`` that computes its children at ``paths`` (expand, depthwise, project) as one block."""
+
+    def child(path: str | None) -> property:
+        return property(lambda self: None if path is None else self.get_submodule(path))
+
+    attributes = {name: child(path) for name, path in zip(("expand", "depthwise", "project"), paths, strict=True)}
+    attributes |= {
+        "residual": property(lambda self: residual),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "_layer_by_layer_class": base,
+        "_description": (paths, residual),
+    }
+    return type(base.__name__, (FrozenInvertedResidual, base), attributes)
+
+
+def _reduce_ex(self: nn.Module, protocol: int):
+    # The class cannot be imported by name: it is made again from what it was made of.
+    base = type(self)._layer_by_layer_class
+    state = object.__reduce_ex__(self, 2)[2]
+    return _rebuild, (rewrite_of(base) or base, *type(self)._description), state
+
+
+def _rebuild(base: type[nn.Module] | Rewrite, paths: tuple[str | None, ...], residual: bool) -> nn.Module:
+    cls = fused_class(generated_class(base) if isinstance(base, Rewrite) else base, paths, residual)
+    return cls.__new__(cls)
+
+
+def _path_of(child: nn.Module, module: nn.Module) -> str:
+    return next(name for name, m in module.named_modules() if m is child)
+
+
+def _read_block(module: nn.Module) -> tuple | None:
+    """(expand or None, depthwise, project, whether the input is added), or None if it is anything else."""
     convs = [m for m in module.modules() if isinstance(m, FrozenConvBias)]
+    if isinstance(module, FrozenInvertedResidual):
+        return None
     if len(convs) not in (2, 3) or not any(conv.groups > 1 for conv in convs) or module in convs:
         return None
     if isinstance(module, nn.Sequential) and not any(conv in module.children() for conv in convs):
-        return None  # a stage that holds one block: the block inside is replaced, the stage stays
+        return None  # a stage that holds one block: the block inside is what is meant
     owned = {id(p) for conv in convs for p in conv.parameters()}
     if any(id(p) not in owned for p in module.parameters()) or next(module.buffers(), None) is not None:
         return None
@@ -65,9 +117,7 @@ def _as_block(module: nn.Module) -> FrozenInvertedResidual | None:
     if len(chain) != len(convs):
         return None
     expand, depthwise, project = chain if len(chain) == 3 else (None, *chain)
-    if not_a_block(expand, depthwise, project) is not None:
-        return None
-    return FrozenInvertedResidual.from_convs(expand, depthwise, project, residual).train(module.training)
+    return None if not_a_block(expand, depthwise, project) else (expand, depthwise, project, residual)
 
 
 def _read(graph: fx.Graph) -> tuple | None:

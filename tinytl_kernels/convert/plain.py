@@ -13,6 +13,7 @@ from tinytl_kernels import nn as tnn
 from tinytl_kernels.core.geometry import same_padding, window_extent
 from tinytl_kernels.nn.frozen_conv import TENSORFLOW_SAME
 
+from .fuse import restore_block
 from .report import detach_report, unwrap
 from .rewrite import restore_forward
 
@@ -47,6 +48,7 @@ def to_torch(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(unwrap(model))
     detach_report(model)
     for module in list(model.modules()):
+        restore_block(module)
         restore_forward(module)
     return _plain(model, {})
 

@@ -88,6 +88,11 @@ def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) ->
     return list(done), list(kept)
 
 
+def rewrite_of(cls: type[nn.Module]) -> Rewrite | None:
+    """What a generated class was made from; None for any other class."""
+    return vars(cls).get(_ATTRIBUTE)
+
+
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`rewrite_forward`: the original class, and convolutions without its activations."""
     rewrite = getattr(type(module), _ATTRIBUTE, None)

@@ -217,7 +217,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for block in blocks:
-            block.fused = True
+            del block.fused  # back to the class's own
 
 
 @dataclass

@@ -39,6 +39,8 @@ class FrozenInvertedResidual(nn.Module):
         torch.Size([1, 24, 4, 4])
     """
 
+    fused = True
+
     def __init__(
         self,
         in_channels: int,
@@ -98,7 +100,6 @@ class FrozenInvertedResidual(nn.Module):
         self.register_module("expand", expand)  # None is registered too, as nn.Module does for absent children
         self.depthwise, self.project = depthwise, project
         self.residual = residual
-        self.fused = True
 
     @property
     def activation(self) -> str | None:
