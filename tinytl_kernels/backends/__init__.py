@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 # In the order in which they are asked; reference takes everything and comes last.
-BACKENDS = ("reference",)
+BACKENDS = ("cpu", "reference")
 
 ENVIRONMENT_VARIABLE = "TINYTL_BACKEND"
 

@@ -130,6 +130,7 @@ class FrozenConvBias(nn.Conv2d):
         weight, bias = applied.weight, applied.bias
         if norm is not None:
             weight, bias = fold_batch_norm(weight, bias, norm)
+        # On the meta device: no initialisation is drawn only to be thrown away.
         frozen = cls(
             conv.in_channels,
             conv.out_channels,
@@ -140,15 +141,14 @@ class FrozenConvBias(nn.Conv2d):
             conv.groups,
             bias is not None,
             conv.padding_mode,
-            weight.device,
+            "meta",
             weight.dtype,
             activation=activation,
         )
-        with torch.no_grad():
-            # Rather than copy_: the layout (channels_last) of the weight comes along.
-            frozen.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            if bias is not None:
-                frozen.bias.copy_(bias)
+        # clone() rather than copy_(): the layout (channels_last) of the weight comes along.
+        frozen.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        if bias is not None:
+            frozen.bias = nn.Parameter(bias.clone())
         return frozen.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:

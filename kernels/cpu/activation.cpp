@@ -1,0 +1,239 @@
+// One pass over a channels_last tensor, activation and bit mask in hand:
+//
+//     bias_activation_      x <- act(x + bias), mask          in place: the epilogue of a convolution done elsewhere
+//     activation_forward    y = act(x), mask
+//     activation_backward   g = bit ? pass dy : block dy,  dbias = sum g        (pass, block): relu, relu6 (1, 0),
+//                                                                    leaky_relu (1, slope), hardsigmoid (1/6, 0)
+//
+// Bound by memory: reads and writes each value once, and a bit. Biases and their gradients are float32.
+#include "operators.h"
+
+#include <ATen/Parallel.h>
+
+namespace tinytl::cpu {
+namespace {
+
+// Pixels are cut into as many runs as there are threads; every thread sums over its own.
+constexpr int64_t kSumPixels = 64; // pixels in one chain of additions
+
+int64_t pixel_tasks(int64_t pixels, int64_t channels) {
+  const int64_t worthwhile = ceil_div(pixels * channels, 16384);
+  return std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), worthwhile), 1);
+}
+
+template <class Body>
+void with_any_activation(Activation activation, Body&& body) {
+  switch (activation) {
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::relu6:
+      return body(std::integral_constant<Activation, Activation::relu6>());
+    case Activation::leaky_relu:
+      return body(std::integral_constant<Activation, Activation::leaky_relu>());
+    case Activation::hardsigmoid:
+      return body(std::integral_constant<Activation, Activation::hardsigmoid>());
+    case Activation::none:
+      return body(std::integral_constant<Activation, Activation::none>());
+  }
+}
+
+// y = act(x + bias) over pixels [begin, end); x and y may be the same. bias: padded, or null; mask may be null.
+template <Activation A, class T>
+void forward_pixels(
+    const T* x, T* y, uint8_t* mask, const float* bias, float slope, int64_t channels, int64_t begin, int64_t end) {
+  const int64_t stride = mask_bytes(channels);
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    for (int64_t c = 0; c < channels; c += kGroup) {
+      Vec group[kGroupVecs];
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = c + v * kLanes;
+        const int64_t count = std::clamp<int64_t>(channels - at, 0, kLanes);
+        group[v] = count > 0 ? load_channels(x + pixel * channels + at, count) : Vec(0.f);
+        if (bias != nullptr) {
+          group[v] = group[v] + Vec::loadu(bias + at);
+        }
+      }
+      uint8_t* bits = mask != nullptr ? mask + pixel * stride + c / 8 : nullptr;
+      const int64_t bytes = stride - c / 8;
+      if constexpr (A == Activation::hardsigmoid) {
+        // 0 passes here, so lanes past the last channel are moved to where nothing does.
+        for (int v = 0; v < kGroupVecs; ++v) {
+          const int64_t count = std::clamp<int64_t>(channels - c - v * kLanes, 0, kLanes);
+          group[v] = Vec::set(Vec(-4.f), group[v], count);
+        }
+      }
+      activate_group<A>(group, bits, bytes, slope);
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = c + v * kLanes;
+        if (at < channels) {
+          store_channels(y + pixel * channels + at, group[v], channels - at);
+        }
+      }
+    }
+  }
+}
+
+struct Slopes {
+  float pass, block;
+};
+
+Slopes gradient_slopes(Activation activation, double negative_slope) {
+  switch (activation) {
+    case Activation::leaky_relu:
+      return {1.f, static_cast<float>(negative_slope)};
+    case Activation::hardsigmoid:
+      return {1.f / 6.f, 0.f};
+    default:
+      return {1.f, 0.f};
+  }
+}
+
+// g over pixels [begin, end), to grad when not null, and its sums over pixels to sums when not null (zeros on entry;
+// twice the padded channels, the second half for work).
+template <class T>
+void backward_pixels(
+    const T* grad_output,
+    const uint8_t* mask,
+    T* grad,
+    float* sums,
+    Slopes slopes,
+    int64_t channels,
+    int64_t begin,
+    int64_t end) {
+  const int64_t stride = mask_bytes(channels);
+  const int64_t padded = padded_channels(channels);
+  float* chain = sums != nullptr ? sums + padded : nullptr;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    for (int64_t c = 0; c < channels; c += kGroup) {
+      Vec value[kGroupVecs];
+      Vec passed[kGroupVecs];
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = c + v * kLanes;
+        const int64_t count = std::clamp<int64_t>(channels - at, 0, kLanes);
+        value[v] = count > 0 ? load_channels(grad_output + pixel * channels + at, count) : Vec(0.f);
+        passed[v] = value[v];
+      }
+      if (mask != nullptr) {
+        const uint32_t bits = load_group_bits(mask + pixel * stride + c / 8, stride - c / 8);
+        for (int v = 0; v < kGroupVecs; ++v) {
+          const uint32_t lanes = (bits >> (v * kLanes)) & ((1u << kLanes) - 1);
+          if (slopes.pass != 1.f) {
+            passed[v] = passed[v] * Vec(slopes.pass);
+          }
+          passed[v] = select(passed[v], lanes);
+          if (slopes.block != 0.f) {
+            passed[v] = passed[v] + select(value[v] * Vec(slopes.block), ~lanes & ((1u << kLanes) - 1));
+          }
+        }
+      }
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = c + v * kLanes;
+        if (grad != nullptr && at < channels) {
+          store_channels(grad + pixel * channels + at, passed[v], channels - at);
+        }
+        if (chain != nullptr) {
+          (Vec::loadu(chain + at) + passed[v]).store(chain + at);
+        }
+      }
+    }
+    if (chain != nullptr && (pixel - begin) % kSumPixels == kSumPixels - 1) {
+      flush_sums(chain, sums, padded);
+    }
+  }
+  if (chain != nullptr) {
+    flush_sums(chain, sums, padded);
+  }
+}
+
+at::Tensor run_forward(
+    const at::Tensor& x, at::Tensor& y, const OptionalTensor& bias, Activation kind, double slope, bool needs_mask) {
+  const int64_t channels = x.size(1);
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
+  at::Tensor mask =
+      empty_mask(x, needs_mask && kind != Activation::none, x.size(0), x.size(2), x.size(3), channels);
+  const at::Tensor padded = padded_bias(bias, channels, "bias");
+  const float* values = padded.defined() ? padded.data_ptr<float>() : nullptr;
+  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t tasks = pixel_tasks(pixels, channels);
+    const T* from = x.data_ptr<T>();
+    T* to = y.data_ptr<T>();
+    with_any_activation(kind, [&](auto a) {
+      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        forward_pixels<a.value>(
+            from, to, bits, values, static_cast<float>(slope), channels, pixels * begin / tasks, pixels * end / tasks);
+      });
+    });
+  });
+  return mask;
+}
+
+void check_image(const at::Tensor& x, const char* name) {
+  TORCH_CHECK(x.dim() == 4, name, ": expected 4 dimensions (N, C, H, W), got ", x.sizes());
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor> activation_forward(
+    const at::Tensor& x, const std::string& activation, double negative_slope, bool needs_mask) {
+  check_image(x, "input");
+  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor mask = run_forward(input, y, {}, parse_activation(activation, true), negative_slope, needs_mask);
+  return {y, mask};
+}
+
+at::Tensor bias_activation_(
+    at::Tensor& x, const OptionalTensor& bias, const std::string& activation, double negative_slope, bool needs_mask) {
+  check_image(x, "input");
+  TORCH_CHECK(
+      x.is_contiguous(at::MemoryFormat::ChannelsLast),
+      "input: expected a channels_last tensor to work on in place, got strides ",
+      x.strides());
+  return run_forward(x, x, bias, parse_activation(activation, true), negative_slope, needs_mask);
+}
+
+std::tuple<at::Tensor, at::Tensor> activation_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const std::string& activation,
+    double negative_slope,
+    bool need_input,
+    bool need_bias) {
+  check_image(grad_output, "grad_output");
+  const Activation kind = parse_activation(activation, true);
+  const int64_t channels = grad_output.size(1);
+  const int64_t pixels = grad_output.size(0) * grad_output.size(2) * grad_output.size(3);
+  const uint8_t* bits = checked_mask(
+      mask, "mask", kind != Activation::none, grad_output.size(0), grad_output.size(2), grad_output.size(3), channels);
+  const at::Tensor grad_out = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor grad = need_input
+      ? at::empty(grad_out.sizes(), grad_out.options(), at::MemoryFormat::ChannelsLast)
+      : at::empty({0}, grad_out.options());
+  const int64_t tasks = pixel_tasks(pixels, channels);
+  const int64_t length = 2 * padded_channels(channels);
+  at::Tensor partial = at::zeros({tasks, length}, grad_out.options().dtype(at::kFloat));
+  float* sums = partial.data_ptr<float>();
+  with_storage_type(grad_out.scalar_type(), "grad_output", [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = grad_out.data_ptr<T>();
+    T* to = need_input ? grad.data_ptr<T>() : nullptr;
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        backward_pixels(
+            from,
+            bits,
+            to,
+            need_bias ? sums + t * length : nullptr,
+            gradient_slopes(kind, negative_slope),
+            channels,
+            pixels * t / tasks,
+            pixels * (t + 1) / tasks);
+      }
+    });
+  });
+  return {grad, reduce_partial(partial, 0, channels, need_bias)};
+}
+
+} // namespace tinytl::cpu

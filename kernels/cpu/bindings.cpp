@@ -1,0 +1,114 @@
+// Registers the kernels as torch.ops.tinytl_cpu.*: plain operators, no autograd, CPU tensors only. The package's own
+// operators (namespace tinytl) carry the contract and call these.
+#include "inverted_residual.h"
+#include "operators.h"
+
+#include <torch/library.h>
+
+namespace tinytl::cpu {
+
+TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
+  m.def(
+      "pack_inverted_residual_forward(Tensor? expand_weight, Tensor depthwise_weight, Tensor project_weight) -> "
+      "Tensor");
+  m.def(
+      "pack_inverted_residual_backward(Tensor? expand_weight, Tensor depthwise_weight, Tensor project_weight) -> "
+      "Tensor");
+  m.def(
+      "inverted_residual_forward(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int stride, int[4] padding, "
+      "str activation, bool residual, bool needs_mask, bool want_pooled, Tensor? packed=None) -> "
+      "(Tensor out, Tensor mask_expand, Tensor mask_depthwise, Tensor pooled)");
+  m.def(
+      "inverted_residual_backward(Tensor grad_output, Tensor mask_expand, Tensor mask_depthwise, "
+      "Tensor? expand_weight, Tensor depthwise_weight, Tensor project_weight, int[4] input_size, int stride, "
+      "int[4] padding, str activation, bool residual, bool need_input, bool need_expand_bias, "
+      "bool need_depthwise_bias, bool need_project_bias, Tensor? grad_pooled=None, Tensor? packed=None) -> "
+      "(Tensor grad_input, Tensor grad_expand_bias, Tensor grad_depthwise_bias, Tensor grad_project_bias)");
+  m.def(
+      "activation_forward(Tensor x, str activation, float negative_slope, bool needs_mask) -> "
+      "(Tensor out, Tensor mask)");
+  m.def(
+      "bias_activation_(Tensor(a!) x, Tensor? bias, str activation, float negative_slope, bool needs_mask) -> "
+      "Tensor");
+  m.def(
+      "activation_backward(Tensor grad_output, Tensor mask, str activation, float negative_slope, bool need_input, "
+      "bool need_bias) -> (Tensor grad_input, Tensor grad_bias)");
+  m.def("pack_pointwise_forward(Tensor weight) -> Tensor");
+  m.def("pack_pointwise_backward(Tensor weight) -> Tensor");
+  m.def(
+      "pointwise_forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, str activation, bool needs_mask, "
+      "Tensor? packed=None) -> (Tensor out, Tensor mask)");
+  m.def(
+      "pointwise_backward(Tensor grad_output, Tensor mask, Tensor weight, int[4] input_size, int[2] stride, "
+      "str activation, bool need_input, bool need_bias, Tensor? packed=None) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
+  m.def(
+      "depthwise_forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, int[2] dilation, "
+      "str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
+  m.def(
+      "depthwise_backward(Tensor grad_output, Tensor mask, Tensor weight, int[4] input_size, int[2] stride, "
+      "int[4] padding, int[2] dilation, str activation, bool need_input, bool need_bias) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
+  m.def(
+      "max_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode, bool needs_positions) -> (Tensor out, Tensor positions)");
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor positions, int[4] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
+  m.def(
+      "avg_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "bool count_include_pad, int divisor_override) -> Tensor");
+  m.def(
+      "avg_pool2d_backward(Tensor grad_output, int[4] input_size, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, bool ceil_mode, bool count_include_pad, int divisor_override) -> Tensor");
+  m.def("upsample_add_forward(Tensor main, Tensor branch) -> Tensor");
+  m.def("upsample_add_(Tensor(a!) main, Tensor branch) -> ()");
+  m.def("upsample_add_backward(Tensor grad_output, int[4] branch_size) -> Tensor");
+}
+
+// The dispatcher hands strings over by value; the kernels take them by reference.
+template <class T>
+struct Passed {
+  using type = T;
+};
+template <>
+struct Passed<const std::string&> {
+  using type = std::string;
+};
+
+template <auto Function>
+struct Kernel;
+template <class Result, class... Arguments, Result (*Function)(Arguments...)>
+struct Kernel<Function> {
+  static Result call(typename Passed<Arguments>::type... arguments) {
+    return Function(arguments...);
+  }
+};
+
+#define TINYTL_IMPL(name) m.impl(#name, TORCH_FN((Kernel<&name>::call)))
+
+TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
+  TINYTL_IMPL(pack_inverted_residual_forward);
+  TINYTL_IMPL(pack_inverted_residual_backward);
+  TINYTL_IMPL(inverted_residual_forward);
+  TINYTL_IMPL(inverted_residual_backward);
+  TINYTL_IMPL(activation_forward);
+  TINYTL_IMPL(bias_activation_);
+  TINYTL_IMPL(activation_backward);
+  TINYTL_IMPL(pack_pointwise_forward);
+  TINYTL_IMPL(pack_pointwise_backward);
+  TINYTL_IMPL(pointwise_forward);
+  TINYTL_IMPL(pointwise_backward);
+  TINYTL_IMPL(depthwise_forward);
+  TINYTL_IMPL(depthwise_backward);
+  TINYTL_IMPL(max_pool2d_forward);
+  TINYTL_IMPL(max_pool2d_backward);
+  TINYTL_IMPL(avg_pool2d_forward);
+  TINYTL_IMPL(avg_pool2d_backward);
+  TINYTL_IMPL(upsample_add_forward);
+  TINYTL_IMPL(upsample_add_);
+  TINYTL_IMPL(upsample_add_backward);
+}
+
+} // namespace tinytl::cpu

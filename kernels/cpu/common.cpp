@@ -1,0 +1,121 @@
+// See common.h.
+#include "common.h"
+
+#include <ATen/Parallel.h>
+
+namespace tinytl::cpu {
+
+Activation parse_activation(const std::string& name, bool stand_alone) {
+  if (name == "none") {
+    return Activation::none;
+  }
+  if (name == "relu") {
+    return Activation::relu;
+  }
+  if (name == "relu6") {
+    return Activation::relu6;
+  }
+  if (stand_alone && name == "leaky_relu") {
+    return Activation::leaky_relu;
+  }
+  if (stand_alone && name == "hardsigmoid") {
+    return Activation::hardsigmoid;
+  }
+  TORCH_CHECK(
+      false,
+      "activation: expected \"none\", \"relu\" or \"relu6\"",
+      stand_alone ? ", \"leaky_relu\" or \"hardsigmoid\"" : "",
+      ", got \"",
+      name,
+      "\"");
+}
+
+Bands::Bands(int64_t images, int64_t rows, int64_t halo) : images(images), rows(rows), per_image(1) {
+  const int64_t threads = at::get_num_threads();
+  const auto cost = [&](int64_t bands) { // rows that the busiest thread computes
+    return ceil_div(images * bands, threads) * (ceil_div(rows, bands) + (bands > 1 ? halo : 0));
+  };
+  for (int64_t bands = 2; bands <= std::min(threads, rows); ++bands) {
+    if (cost(bands) < cost(per_image)) {
+      per_image = bands;
+    }
+  }
+}
+
+at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name) {
+  if (!bias.has_value() || !bias->defined()) {
+    return {};
+  }
+  TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == channels, name, ": expected (", channels, "), got ", bias->sizes());
+  at::Tensor padded = at::zeros({padded_channels(channels)}, bias->options().dtype(at::kFloat));
+  padded.narrow(0, 0, channels).copy_(*bias);
+  return padded;
+}
+
+void pack_depthwise(const at::Tensor& weight, const Panels& panels, int64_t taps, float* packed) {
+  const at::Tensor source = weight.to(at::kFloat).contiguous();
+  const float* from = source.data_ptr<float>();
+  std::memset(packed, 0, sizeof(float) * panels.padded() * taps);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t width = panels.width(p);
+    const int64_t start = panels.start(p);
+    float* to = packed + start * taps;
+    for (int64_t c = start; c < std::min(start + width, panels.channels); ++c) {
+      for (int64_t t = 0; t < taps; ++t) {
+        to[t * width + c - start] = from[c * taps + t];
+      }
+    }
+  }
+}
+
+// Column sums of partial (tasks, length) from `start`, in order, in double precision.
+at::Tensor reduce_partial(const at::Tensor& partial, int64_t start, int64_t channels, bool wanted) {
+  if (!wanted) {
+    return at::empty({0}, partial.options());
+  }
+  at::Tensor total = at::empty({channels}, partial.options());
+  const int64_t tasks = partial.size(0);
+  const int64_t length = partial.size(1);
+  const float* source = partial.data_ptr<float>() + start;
+  float* target = total.data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t t = 0; t < tasks; ++t) {
+      sum += source[t * length + c];
+    }
+    target[c] = static_cast<float>(sum);
+  }
+  return total;
+}
+
+at::Tensor empty_mask(const at::Tensor& like, bool wanted, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+  const auto options = like.options().dtype(at::kByte);
+  return wanted ? at::empty({batch, height, width, mask_bytes(channels)}, options) : at::empty({0}, options);
+}
+
+const uint8_t* checked_mask(
+    const at::Tensor& mask, const char* name, bool used, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+  if (!used) {
+    return nullptr;
+  }
+  check_size(mask, name, {batch, height, width, mask_bytes(channels)}, at::kByte);
+  TORCH_CHECK(mask.is_contiguous(), name, ": expected a contiguous mask, as the forward returns it");
+  return mask.data_ptr<uint8_t>();
+}
+
+void check_size(const at::Tensor& tensor, const char* name, at::IntArrayRef size, at::ScalarType dtype) {
+  TORCH_CHECK(
+      tensor.sizes() == size && tensor.scalar_type() == dtype,
+      name,
+      ": expected ",
+      size,
+      " of ",
+      dtype,
+      ", got ",
+      tensor.sizes(),
+      " of ",
+      tensor.scalar_type());
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,135 @@
+// What every operator here needs around its kernel: storage types, activation names, padded biases, GEMM operands, and
+// sums over tasks that come out the same every run.
+#pragma once
+
+#include "bitmask.h"
+#include "gemm.h"
+#include "scratch.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+namespace tinytl::cpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// "none", "relu", "relu6"; with stand_alone also "leaky_relu" and "hardsigmoid".
+Activation parse_activation(const std::string& name, bool stand_alone = false);
+
+// Calls body with a value of the storage type behind dtype.
+template <class Body>
+void with_storage_type(at::ScalarType dtype, const char* name, Body&& body) {
+  switch (dtype) {
+    case at::kFloat:
+      return body(float());
+    case at::kBFloat16:
+      return body(c10::BFloat16());
+    case at::kHalf:
+      return body(c10::Half());
+    default:
+      TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+// Which arithmetic a storage type gets: pairs of bfloat16 where the instruction exists, else float32.
+template <class T>
+struct DotFor {
+  using type = FloatDot;
+};
+#if defined(TINYTL_BFLOAT16_DOT)
+template <>
+struct DotFor<c10::BFloat16> {
+  using type = BFloat16Dot;
+};
+#endif
+
+// Tasks: images, or bands of rows of images when there are fewer images than would keep every thread busy.
+struct Bands {
+  int64_t images, rows, per_image;
+
+  // rows: rows of the walked side of an image; halo: rows of work that each band repeats.
+  Bands(int64_t images, int64_t rows, int64_t halo);
+  int64_t tasks() const {
+    return images * per_image;
+  }
+  int64_t begin(int64_t band) const {
+    return rows * band / per_image;
+  }
+};
+
+// float32 copy of a bias padded with zeros to whole groups; undefined for no bias.
+at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name);
+
+// Depthwise weights (C, 1, kh, kw) as [panel][tap][channel], float32.
+void pack_depthwise(const at::Tensor& weight, const Panels& panels, int64_t taps, float* packed);
+
+// Pixels of a tensor as a GEMM operand: in place when the storage type is the operand type, else converted into scratch
+// and padded to whole steps of the dot product. stride: elements from pixel to pixel.
+template <class Dot, class T>
+Segment<typename Dot::Element> operand_rows(const T* rows, int64_t pixels, int64_t channels, int64_t stride) {
+  using Element = typename Dot::Element;
+  const int64_t depth = packed_depth<Dot>(channels);
+  if constexpr (std::is_same_v<T, Element>) {
+    if (depth == channels) {
+      return {rows, stride, depth};
+    }
+  }
+  const int64_t padded = padded_channels(channels);
+  Element* target = scratch<Element>(kOperand, pixels * padded);
+  for (int64_t m = 0; m < pixels; ++m) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      store_channels(
+          target + m * padded + c, load_channels(rows + m * stride + c, std::min<int64_t>(channels - c, kLanes)));
+    }
+  }
+  return {target, padded, depth};
+}
+
+// The caller's packed GEMM weights, checked, or freshly packed ones.
+template <class Dot, class Pack>
+at::Tensor checked_packed(const OptionalTensor& packed, int64_t depth, int64_t channels, const Pack& pack) {
+  if (!packed.has_value() || !packed->defined()) {
+    return pack();
+  }
+  const int64_t elements = packed_elements<Dot>(depth, channels);
+  constexpr auto dtype = c10::CppTypeToScalarType<typename Dot::Element>::value;
+  TORCH_CHECK(
+      packed->scalar_type() == dtype && packed->is_contiguous() && packed->numel() == elements,
+      "packed: expected ",
+      elements,
+      " elements of ",
+      dtype,
+      " from the pack function of this direction and dtype, got ",
+      packed->sizes(),
+      " of ",
+      packed->scalar_type());
+  return *packed;
+}
+
+// Column sums of partial (tasks, length) for `channels` columns from `start`, in order, in double precision. Empty when
+// not wanted.
+at::Tensor reduce_partial(const at::Tensor& partial, int64_t start, int64_t channels, bool wanted);
+
+// target[c] += source[c], then source[c] = 0; count is a multiple of kLanes. Bias gradients are summed over a tile, then
+// over a step or chunk, then over a task, because short chains of additions keep their rounding errors short.
+inline void flush_sums(float* source, float* target, int64_t count) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    (Vec::loadu(target + c) + Vec::loadu(source + c)).store(target + c);
+    Vec(0.f).store(source + c);
+  }
+}
+
+// The mask that a forward leaves: uint8 (N, H, W, ceil(C / 8)) when wanted, else empty.
+at::Tensor empty_mask(const at::Tensor& like, bool wanted, int64_t batch, int64_t height, int64_t width, int64_t channels);
+
+// The bytes of a mask given back to a backward, checked; null when it is not used.
+const uint8_t* checked_mask(
+    const at::Tensor& mask, const char* name, bool used, int64_t batch, int64_t height, int64_t width, int64_t channels);
+
+// Raises unless tensor has this size (N, C, H, W) and dtype.
+void check_size(const at::Tensor& tensor, const char* name, at::IntArrayRef size, at::ScalarType dtype);
+
+} // namespace tinytl::cpu

@@ -1,0 +1,354 @@
+// Frozen depthwise convolution with bias, activation and bit mask, and its backward:
+//
+//     y  = act(depthwise(x, W) + b), mask          any kernel, stride, dilation, four paddings
+//     g  = mask ? dy : 0,  db = sum g,  dx = depthwise^T(g, W)
+//
+// A task walks down the rows of an image (or a band of it) and keeps the rows that one result row needs, all channels
+// wide, in a ring of float32 with zero columns at both ends. Every value is read once and written once.
+#include "operators.h"
+
+#include "epilogues.h"
+
+#include <ATen/Parallel.h>
+
+namespace tinytl::cpu {
+namespace {
+
+struct DepthwiseShape {
+  int64_t batch, channels, height, width, out_height, out_width;
+  Window window;
+  Activation activation;
+
+  DepthwiseShape(
+      at::IntArrayRef input,
+      const at::Tensor& weight,
+      at::IntArrayRef stride,
+      at::IntArrayRef padding,
+      at::IntArrayRef dilation,
+      const std::string& name)
+      : activation(parse_activation(name)) {
+    TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input);
+    TORCH_CHECK(
+        weight.dim() == 4 && weight.size(0) == input[1] && weight.size(1) == 1,
+        "weight: expected (",
+        input[1],
+        ", 1, kh, kw), got ",
+        weight.sizes());
+    const auto pair = [](at::IntArrayRef values, const char* argument) {
+      TORCH_CHECK(
+          values.size() == 2 && values[0] >= 1 && values[1] >= 1, argument, ": expected two numbers >= 1, got ", values);
+    };
+    pair(stride, "stride");
+    pair(dilation, "dilation");
+    TORCH_CHECK(padding.size() == 4, "padding: expected (top, bottom, left, right), got ", padding);
+    for (const int64_t pad : padding) {
+      TORCH_CHECK(pad >= 0, "padding: expected no negative number, got ", padding);
+    }
+    batch = input[0];
+    channels = input[1];
+    height = input[2];
+    width = input[3];
+    window = {
+        weight.size(2), weight.size(3), stride[0], stride[1], dilation[0], dilation[1], padding[0], padding[2]};
+    const int64_t span_height = height + padding[0] + padding[1] - reach_height() - 1;
+    const int64_t span_width = width + padding[2] + padding[3] - reach_width() - 1;
+    TORCH_CHECK(
+        channels > 0 && height > 0 && width > 0 && window.taps() > 0 && span_height >= 0 && span_width >= 0,
+        "input: expected padded height and width of at least the dilated kernel ",
+        weight.sizes(),
+        ", got ",
+        input,
+        " with padding ",
+        padding);
+    out_height = span_height / stride[0] + 1;
+    out_width = span_width / stride[1] + 1;
+  }
+
+  // Rows and columns between the first and the last tap.
+  int64_t reach_height() const {
+    return (window.kernel_height - 1) * window.dilation_height;
+  }
+  int64_t reach_width() const {
+    return (window.kernel_width - 1) * window.dilation_width;
+  }
+};
+
+// Weights as [tap][channel], padded with zeros.
+at::Tensor pack_taps(const at::Tensor& weight, int64_t taps) {
+  const int64_t channels = weight.size(0);
+  at::Tensor packed = at::zeros({taps, padded_channels(channels)}, weight.options().dtype(at::kFloat));
+  packed.narrow(1, 0, channels).copy_(weight.reshape({channels, taps}).t());
+  return packed;
+}
+
+struct Ring {
+  std::vector<Tap> taps;
+  float* data;
+  int64_t rows, pitch, left, width; // width: padded channels
+
+  Ring(int64_t num_taps, int64_t rows, int64_t pitch, int64_t left, int64_t inner, int64_t width)
+      : taps(num_taps), rows(rows), pitch(pitch), left(left), width(width) {
+    data = scratch<float>(kRing, rows * pitch * width);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = data + r * pitch * width;
+      std::memset(row, 0, sizeof(float) * left * width);
+      std::memset(row + (left + inner) * width, 0, sizeof(float) * (pitch - left - inner) * width);
+    }
+  }
+  RingView view() const {
+    return {data, rows, pitch, left, width};
+  }
+  float* row(int64_t r) {
+    return data + (r % rows * pitch + left) * width;
+  }
+};
+
+// Depthwise row -> activation, mask bits -> tensor row.
+template <class T>
+struct RowToTensor {
+  T* out;
+  int64_t channels;
+  Activation activation;
+  MaskRows<uint8_t> mask;
+
+  template <int PIXELS>
+  TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
+    with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
+      TINYTL_UNROLL
+      for (int p = 0; p < PIXELS; ++p) {
+        activate_group<a.value>(sum[p], mask.data != nullptr ? mask.at(j0 + p, group) : nullptr, mask.left(group));
+        TINYTL_UNROLL
+        for (int v = 0; v < kGroupVecs; ++v) {
+          const int64_t at = group * kGroup + v * kLanes;
+          if (at < channels) {
+            store_channels(out + (j0 + p) * channels + at, sum[p][v], channels - at);
+          }
+        }
+      }
+    });
+  }
+};
+
+// Row of one stride phase of dx -> tensor row.
+template <class T>
+struct PhaseToTensor {
+  T* out;
+  int64_t channels;
+  int64_t step;
+
+  template <int PIXELS>
+  TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
+    TINYTL_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
+      TINYTL_UNROLL
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = group * kGroup + v * kLanes;
+        if (at < channels) {
+          store_channels(out + (j0 + p) * step * channels + at, sum[p][v], channels - at);
+        }
+      }
+    }
+  }
+};
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor> depthwise_forward(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    const std::string& activation,
+    bool needs_mask) {
+  const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation, activation);
+  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor out =
+      at::empty({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor mask =
+      empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
+  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const at::Tensor taps = pack_taps(weight, s.window.taps());
+  const at::Tensor padded = padded_bias(bias, s.channels, "bias");
+  const float* weights = taps.data_ptr<float>();
+  const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
+  const int64_t mask_stride = mask_bytes(s.channels);
+  const int64_t width = padded_channels(s.channels);
+  const Window& w = s.window;
+  const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.reach_height() + 1 - w.stride_height, 0), w.stride_height));
+
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = input.data_ptr<T>();
+    T* target = out.data_ptr<T>();
+    const auto task = [&](int64_t image, int64_t begin, int64_t end) {
+      Ring ring(
+          w.taps(),
+          s.reach_height() + 1,
+          std::max(w.pad_left + s.width, (s.out_width - 1) * w.stride_width + s.reach_width() + 1),
+          w.pad_left,
+          s.width,
+          width);
+      int64_t next = 0;
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row * w.stride_height - w.pad_top;
+        next = std::max(next, first);
+        for (; next < std::min(first + s.reach_height() + 1, s.height); ++next) {
+          const T* from = source + (image * s.height + next) * s.width * s.channels;
+          float* to = ring.row(next);
+          for (int64_t column = 0; column < s.width; ++column) {
+            for (int64_t c = 0; c < s.channels; c += kLanes) {
+              load_channels(from + column * s.channels + c, s.channels - c).store(to + column * width + c);
+            }
+          }
+        }
+        const int64_t num_taps = forward_taps(w, ring.view(), s.height, row, weights, ring.taps.data());
+        const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
+        RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, s.activation, {}};
+        if (bits != nullptr) {
+          epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, mask_stride};
+        }
+        correlate_row(
+            s.out_width,
+            static_cast<int>(width / kGroup),
+            ring.taps.data(),
+            num_taps,
+            w.stride_width * width,
+            init,
+            epilogue);
+      }
+    };
+    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t band = t % bands.per_image;
+        task(t / bands.per_image, bands.begin(band), bands.begin(band + 1));
+      }
+    });
+  });
+  return {out, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> depthwise_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const at::Tensor& weight,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias) {
+  const DepthwiseShape s(input_size, weight, stride, padding, dilation, activation);
+  check_size(
+      grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
+  if (!need_input) {
+    return activation_backward(grad_output, mask, activation, 0., false, need_bias);
+  }
+  const uint8_t* bits = checked_mask(
+      mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
+  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  const at::Tensor taps = pack_taps(weight, s.window.taps());
+  const float* weights = taps.data_ptr<float>();
+  const int64_t mask_stride = mask_bytes(s.channels);
+  const int64_t width = padded_channels(s.channels);
+  const Window& w = s.window;
+  const Bands bands(s.batch, s.height, ceil_div(s.reach_height(), w.stride_height));
+  at::Tensor partial = at::zeros({bands.tasks(), width}, grad.options().dtype(at::kFloat));
+  float* partials = partial.data_ptr<float>();
+  // Input row r meets output rows from first_row(r) to last_row(r).
+  const auto first_row = [&](int64_t row) {
+    return std::clamp<int64_t>(ceil_div(row + w.pad_top - s.reach_height(), w.stride_height), 0, s.out_height);
+  };
+  const auto last_row = [&](int64_t row) {
+    return std::min(floor_div(row + w.pad_top, w.stride_height), s.out_height - 1);
+  };
+
+  with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = grad.data_ptr<T>();
+    T* target = grad_input.data_ptr<T>();
+    // Output rows [own_begin, own_end) are this task's to sum; the others that it reads are its neighbours'.
+    const auto task = [&](int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* total) {
+      const int64_t left = std::max<int64_t>(floor_div(s.reach_width() - w.pad_left, w.stride_width), 0);
+      Ring ring(
+          w.taps(),
+          s.reach_height() / w.stride_height + 1,
+          left + std::max(s.out_width, floor_div(s.width - 1 + w.pad_left, w.stride_width) + 1),
+          left,
+          s.out_width,
+          width);
+      float* sums = scratch<float>(kSums, width);
+      std::memset(sums, 0, sizeof(float) * width);
+      int64_t next = own_begin;
+      // g of output rows up to `to`, into the ring, and their sums.
+      const auto advance = [&](int64_t to) {
+        for (; next < to; ++next) {
+          const int64_t first_pixel = (image * s.out_height + next) * s.out_width;
+          const bool summed = need_bias && next < own_end;
+          float* row = ring.row(next);
+          for (int64_t column = 0; column < s.out_width; ++column) {
+            const T* from = source + (first_pixel + column) * s.channels;
+            for (int64_t c = 0; c < s.channels; c += kGroup) {
+              Vec group[kGroupVecs];
+              for (int v = 0; v < kGroupVecs; ++v) {
+                const int64_t count = std::clamp<int64_t>(s.channels - c - v * kLanes, 0, kLanes);
+                group[v] = count > 0 ? load_channels(from + c + v * kLanes, count) : Vec(0.f);
+              }
+              if (bits != nullptr) {
+                select_group(group, bits + (first_pixel + column) * mask_stride + c / 8, mask_stride - c / 8);
+              }
+              for (int v = 0; v < kGroupVecs; ++v) {
+                group[v].store(row + column * width + c + v * kLanes);
+                if (summed) {
+                  (Vec::loadu(sums + c + v * kLanes) + group[v]).store(sums + c + v * kLanes);
+                }
+              }
+            }
+          }
+          if (summed) {
+            flush_sums(sums, total, width);
+          }
+        }
+      };
+      for (int64_t row = begin; row < end; ++row) {
+        advance(last_row(row) + 1);
+        for (int64_t phase = 0; phase < std::min(w.stride_width, s.width); ++phase) {
+          const int64_t num_taps =
+              transposed_taps(w, ring.view(), s.out_height, row, phase, weights, ring.taps.data());
+          PhaseToTensor<T> epilogue{
+              target + ((image * s.height + row) * s.width + phase) * s.channels, s.channels, w.stride_width};
+          correlate_row(
+              ceil_div(s.width - phase, w.stride_width),
+              static_cast<int>(width / kGroup),
+              ring.taps.data(),
+              num_taps,
+              width,
+              nullptr,
+              epilogue);
+        }
+      }
+      advance(own_end);
+    };
+    const auto own = [&](int64_t band) {
+      return band == 0 ? 0 : band == bands.per_image ? s.out_height : first_row(bands.begin(band));
+    };
+    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t band = t % bands.per_image;
+        task(
+            t / bands.per_image,
+            bands.begin(band),
+            bands.begin(band + 1),
+            own(band),
+            own(band + 1),
+            partials + t * width);
+      }
+    });
+  });
+  return {grad_input, reduce_partial(partial, 0, s.channels, need_bias)};
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,192 @@
+// What both directions of the inverted residual block share: argument checks, weight packing, cutting into tasks.
+#include "inverted_residual.h"
+
+namespace tinytl::cpu {
+
+BlockShape block_shape(
+    at::IntArrayRef input_size,
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool residual) {
+  TORCH_CHECK(input_size.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input_size);
+  TORCH_CHECK(padding.size() == 4, "padding: expected (top, bottom, left, right), got ", padding);
+  for (const int64_t pad : padding) {
+    TORCH_CHECK(pad >= 0, "padding: expected no negative number, got ", padding);
+  }
+  TORCH_CHECK(stride >= 1, "stride: expected at least 1, got ", stride);
+  TORCH_CHECK(
+      depthwise_weight.dim() == 4 && depthwise_weight.size(1) == 1,
+      "depthwise_weight: expected (E, 1, kh, kw), got ",
+      depthwise_weight.sizes());
+
+  BlockShape s;
+  s.batch = input_size[0];
+  s.in_channels = input_size[1];
+  s.height = input_size[2];
+  s.width = input_size[3];
+  s.expanded = depthwise_weight.size(0);
+  s.kernel_height = depthwise_weight.size(2);
+  s.kernel_width = depthwise_weight.size(3);
+  s.stride = stride;
+  s.pad_top = padding[0];
+  s.pad_left = padding[2];
+  s.has_expand = expand_weight.has_value() && expand_weight->defined();
+  s.residual = residual;
+  s.activation = parse_activation(activation);
+
+  const int64_t span_height = s.height + padding[0] + padding[1] - s.kernel_height;
+  const int64_t span_width = s.width + padding[2] + padding[3] - s.kernel_width;
+  TORCH_CHECK(
+      s.height > 0 && s.width > 0 && s.kernel_height > 0 && s.kernel_width > 0 && span_height >= 0 && span_width >= 0,
+      "input: expected padded height and width of at least the depthwise kernel ",
+      depthwise_weight.sizes(),
+      ", got input ",
+      input_size,
+      " with padding ",
+      padding);
+  s.out_height = span_height / stride + 1;
+  s.out_width = span_width / stride + 1;
+
+  if (s.has_expand) {
+    TORCH_CHECK(
+        expand_weight->dim() == 4 && expand_weight->size(0) == s.expanded && expand_weight->size(1) == s.in_channels &&
+            expand_weight->size(2) == 1 && expand_weight->size(3) == 1,
+        "expand_weight: expected (",
+        s.expanded,
+        ", ",
+        s.in_channels,
+        ", 1, 1), got ",
+        expand_weight->sizes());
+  } else {
+    TORCH_CHECK(
+        s.expanded == s.in_channels,
+        "depthwise_weight: without expand_weight expected as many channels as the input, ",
+        s.in_channels,
+        ", got ",
+        s.expanded);
+  }
+  TORCH_CHECK(
+      project_weight.dim() == 4 && project_weight.size(1) == s.expanded && project_weight.size(2) == 1 &&
+          project_weight.size(3) == 1,
+      "project_weight: expected (C_out, ",
+      s.expanded,
+      ", 1, 1), got ",
+      project_weight.sizes());
+  s.out_channels = project_weight.size(0);
+  TORCH_CHECK(
+      s.in_channels > 0 && s.expanded > 0 && s.out_channels > 0, "weights: expected at least one channel everywhere");
+  TORCH_CHECK(
+      !residual || (s.in_channels == s.out_channels && s.height == s.out_height && s.width == s.out_width),
+      "residual: expected an output of the input's shape ",
+      input_size,
+      ", got ",
+      s.out_channels,
+      " channels, ",
+      s.out_height,
+      " x ",
+      s.out_width);
+  return s;
+}
+
+namespace {
+
+void check_weight_types(const OptionalTensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
+  TORCH_CHECK(
+      depthwise.scalar_type() == project.scalar_type() &&
+          (!expand.has_value() || !expand->defined() || expand->scalar_type() == project.scalar_type()),
+      "weights: expected one dtype, got ",
+      depthwise.scalar_type(),
+      " and ",
+      project.scalar_type());
+}
+
+// The channel counts alone; packing does not depend on the image.
+BlockShape weight_shape(const OptionalTensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
+  const bool has_expand = expand.has_value() && expand->defined();
+  const int64_t in_channels = has_expand ? expand->size(1) : depthwise.size(0);
+  const int64_t height = depthwise.size(2);
+  const int64_t width = depthwise.size(3);
+  return block_shape({1, in_channels, height, width}, expand, depthwise, project, 1, {0, 0, 0, 0}, "none", false);
+}
+
+} // namespace
+
+at::Tensor pack_inverted_residual_forward(
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight) {
+  check_weight_types(expand_weight, depthwise_weight, project_weight);
+  const BlockShape s = weight_shape(expand_weight, depthwise_weight, project_weight);
+  at::Tensor packed;
+  with_storage_type(project_weight.scalar_type(), "project_weight", [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using Dot = typename DotFor<scalar_t>::type;
+        const auto layout = BlockPack<Dot>::forward(s);
+        packed = at::empty({layout.bytes()}, project_weight.options().dtype(at::kByte));
+        if (s.has_expand) {
+          const at::Tensor weight = expand_weight->contiguous();
+          pack_panels<Dot>(
+              weight.data_ptr<scalar_t>(),
+              s.in_channels,
+              packed_depth<Dot>(s.in_channels),
+              s.expanded,
+              1,
+              s.in_channels,
+              layout.into(packed));
+        }
+        pack_depthwise(depthwise_weight, Panels(s.expanded), s.taps(), layout.depthwise(packed));
+        const at::Tensor weight = project_weight.contiguous();
+        pack_panels<Dot>(
+            weight.data_ptr<scalar_t>(),
+            s.expanded,
+            padded_channels(s.expanded),
+            s.out_channels,
+            1,
+            s.expanded,
+            layout.out(packed));
+      });
+  return packed;
+}
+
+at::Tensor pack_inverted_residual_backward(
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight) {
+  check_weight_types(expand_weight, depthwise_weight, project_weight);
+  const BlockShape s = weight_shape(expand_weight, depthwise_weight, project_weight);
+  at::Tensor packed;
+  with_storage_type(project_weight.scalar_type(), "project_weight", [&](auto zero) {
+        using scalar_t = decltype(zero);
+        using Dot = typename DotFor<scalar_t>::type;
+        const auto layout = BlockPack<Dot>::backward(s);
+        packed = at::empty({layout.bytes()}, project_weight.options().dtype(at::kByte));
+        const at::Tensor project = project_weight.contiguous();
+        pack_panels<Dot>(
+            project.data_ptr<scalar_t>(),
+            s.out_channels,
+            packed_depth<Dot>(s.out_channels),
+            s.expanded,
+            s.expanded,
+            1,
+            layout.into(packed));
+        pack_depthwise(depthwise_weight, Panels(s.expanded), s.taps(), layout.depthwise(packed));
+        if (s.has_expand) {
+          const at::Tensor expand = expand_weight->contiguous();
+          pack_panels<Dot>(
+              expand.data_ptr<scalar_t>(),
+              s.expanded,
+              padded_channels(s.expanded),
+              s.in_channels,
+              s.in_channels,
+              1,
+              layout.out(packed));
+        }
+      });
+  return packed;
+}
+
+} // namespace tinytl::cpu

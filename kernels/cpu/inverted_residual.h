@@ -1,0 +1,207 @@
+// The inverted residual block as one operator: shapes, packed weights, and how the work is cut.
+//
+//     h1 = act(x We + be)               1x1 expand        (N, H, W, E);   absent when E == C_in and no weight is given
+//     h2 = act(depthwise(h1, Wd) + bd)  k x k, stride s   (N, H', W', E)
+//     y  = h2 Wp + bp [+ x]             1x1 project       (N, H', W', C_out)
+//
+// h1 and h2 never reach memory: a task walks down the rows of one image (or of a band of it), and for one panel of
+// expanded channels at a time computes the new rows of h1 into a ring, the rows of h2 that they complete into a row
+// buffer, and, once all panels are there, those rows of y. Backward is the mirror image with the weights transposed.
+#pragma once
+
+#include "bitmask.h"
+#include "common.h"
+#include "depthwise.h"
+#include "gemm.h"
+#include "scratch.h"
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace tinytl::cpu {
+
+struct BlockShape {
+  int64_t batch, in_channels, height, width; // x
+  int64_t expanded; // E
+  int64_t out_channels, out_height, out_width; // y
+  int64_t kernel_height, kernel_width, stride;
+  int64_t pad_top, pad_left;
+  bool has_expand, residual;
+  Activation activation;
+
+  int64_t taps() const {
+    return kernel_height * kernel_width;
+  }
+  Window window() const {
+    return {kernel_height, kernel_width, stride, stride, 1, 1, pad_top, pad_left};
+  }
+};
+
+// Checks everything that the kernels rely on and raises an error that names the argument otherwise.
+BlockShape block_shape(
+    at::IntArrayRef input_size,
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool residual);
+
+// Packed weights of one direction, in one byte tensor: the GEMM into the expanded channels, the depthwise taps as
+// [panel][tap][channel], the GEMM out of them.
+template <class Dot>
+struct BlockPack {
+  using Element = typename Dot::Element;
+  int64_t into_elements, depthwise_elements, out_elements;
+
+  static BlockPack forward(const BlockShape& s) {
+    return {
+        s.has_expand ? packed_elements<Dot>(s.in_channels, s.expanded) : 0,
+        s.taps() * padded_channels(s.expanded),
+        packed_elements<Dot>(padded_channels(s.expanded), s.out_channels)};
+  }
+  static BlockPack backward(const BlockShape& s) {
+    return {
+        packed_elements<Dot>(s.out_channels, s.expanded),
+        s.taps() * padded_channels(s.expanded),
+        s.has_expand ? packed_elements<Dot>(padded_channels(s.expanded), s.in_channels) : 0};
+  }
+
+  int64_t depthwise_at() const { // byte offsets, 64-byte aligned
+    return round_up(into_elements * sizeof(Element), 64);
+  }
+  int64_t out_at() const {
+    return depthwise_at() + round_up(depthwise_elements * sizeof(float), 64);
+  }
+  int64_t bytes() const {
+    return out_at() + out_elements * sizeof(Element);
+  }
+  Element* into(const at::Tensor& packed) const {
+    return reinterpret_cast<Element*>(packed.data_ptr<uint8_t>());
+  }
+  float* depthwise(const at::Tensor& packed) const {
+    return reinterpret_cast<float*>(packed.data_ptr<uint8_t>() + depthwise_at());
+  }
+  Element* out(const at::Tensor& packed) const {
+    return reinterpret_cast<Element*>(packed.data_ptr<uint8_t>() + out_at());
+  }
+};
+
+// How many rows a task advances at a time, and the ring that this takes.
+struct Walk {
+  int64_t step_rows; // rows of the walked side a step
+  int64_t ring_rows; // rows of the other side alive at once
+  int64_t ring_pitch; // pixels of a ring row, zero columns included
+  int64_t ring_left; // zero columns at the left
+  RingView view(const float* ring, int64_t width) const {
+    return {ring, ring_rows, ring_pitch, ring_left, width};
+  }
+
+  bool shared_ring; // a task is a single step, so one panel's ring serves all panels in turn
+};
+
+// Zeroes the border columns of `rows` ring rows of one panel, inner columns [left, left + inner).
+inline void clear_borders(float* ring, int64_t rows, const Walk& walk, int64_t inner, int64_t width) {
+  const int64_t right = walk.ring_left + inner;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = ring + r * walk.ring_pitch * width;
+    std::memset(row, 0, sizeof(float) * walk.ring_left * width);
+    std::memset(row + right * width, 0, sizeof(float) * (walk.ring_pitch - right) * width);
+  }
+}
+
+// Ring position, in pixels, of every pixel of rows [begin, end).
+inline const int64_t* ring_offsets(int64_t begin, int64_t end, int64_t width, const Walk& walk) {
+  int64_t* offsets = scratch<int64_t>(kOffsets, (end - begin) * width);
+  int64_t* next = offsets;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t base = row % walk.ring_rows * walk.ring_pitch + walk.ring_left;
+    for (int64_t column = 0; column < width; ++column) {
+      *next++ = base + column;
+    }
+  }
+  return offsets;
+}
+
+using PackFunction = at::Tensor (*)(const OptionalTensor&, const at::Tensor&, const at::Tensor&);
+
+// The caller's packed weights, checked, or weights packed now.
+template <class T>
+at::Tensor packed_or_pack(
+    const OptionalTensor& packed,
+    int64_t bytes,
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight,
+    PackFunction pack) {
+  if (packed.has_value() && packed->defined()) {
+    TORCH_CHECK(
+        packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == bytes,
+        "packed: expected ",
+        bytes,
+        " bytes from the pack function of this direction and dtype, got ",
+        packed->sizes(),
+        " of ",
+        packed->scalar_type());
+    return *packed;
+  }
+  const auto dtype = c10::CppTypeToScalarType<T>::value;
+  OptionalTensor expand;
+  if (expand_weight.has_value() && expand_weight->defined()) {
+    expand = expand_weight->to(dtype);
+  }
+  return pack(expand, depthwise_weight.to(dtype), project_weight.to(dtype));
+}
+
+at::Tensor pack_inverted_residual_forward(
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight);
+
+at::Tensor pack_inverted_residual_backward(
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
+    const at::Tensor& x,
+    const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_bias,
+    const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_bias,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_bias,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool residual,
+    bool needs_mask,
+    bool want_pooled,
+    const OptionalTensor& packed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& mask_expand,
+    const at::Tensor& mask_depthwise,
+    const OptionalTensor& expand_weight,
+    const at::Tensor& depthwise_weight,
+    const at::Tensor& project_weight,
+    at::IntArrayRef input_size,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool residual,
+    bool need_input,
+    bool need_expand_bias,
+    bool need_depthwise_bias,
+    bool need_project_bias,
+    const OptionalTensor& grad_pooled,
+    const OptionalTensor& packed);
+
+} // namespace tinytl::cpu

@@ -1,0 +1,309 @@
+// Forward of the inverted residual block (formula in inverted_residual.h).
+//
+// Reads x once, the weights once a step, writes y and, when asked for, one bit an expanded value twice and the 2x2
+// average of x. Scratch a thread: the ring of expanded rows and the rows of h2 of one step.
+#include "inverted_residual.h"
+
+#include "depthwise.h"
+#include "epilogues.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+namespace tinytl::cpu {
+namespace {
+
+template <class Dot>
+Walk plan(const BlockShape& s, const Panels& panels, int64_t task_rows) {
+  Walk walk;
+  walk.ring_left = s.pad_left;
+  walk.ring_pitch = std::max(s.pad_left + s.width, (s.out_width - 1) * s.stride + s.kernel_width);
+  const auto ring_rows = [&](int64_t rows) { return (rows - 1) * s.stride + s.kernel_height; };
+  const auto bytes = [&](int64_t rows, int64_t ring_channels) {
+    return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
+        rows * s.out_width * panels.padded() * int64_t(sizeof(typename Dot::Element));
+  };
+  walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
+  walk.step_rows = task_rows;
+  while (!walk.shared_ring && walk.step_rows > 1 && bytes(walk.step_rows, panels.padded()) > kScratchBudget) {
+    --walk.step_rows;
+  }
+  walk.ring_rows = ring_rows(walk.step_rows);
+  return walk;
+}
+
+// out[r, c] = average of the four pixels of image at (2 r, 2 c), for pooled rows [begin, end).
+template <class T>
+void pool_rows(const T* image, T* out, int64_t begin, int64_t end, const BlockShape& s) {
+  const int64_t columns = s.width / 2;
+  const int64_t channels = s.in_channels;
+  const int64_t below = s.width * channels;
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t q = 0; q < columns; ++q) {
+      const T* source = image + (2 * r * s.width + 2 * q) * channels;
+      T* target = out + (r * columns + q) * channels;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t count = std::min<int64_t>(channels - c, kLanes);
+        const Vec top = load_channels(source + c, count) + load_channels(source + channels + c, count);
+        const Vec bottom = load_channels(source + below + c, count) + load_channels(source + below + channels + c, count);
+        store_channels(target + c, (top + bottom) * Vec(0.25f), count);
+      }
+    }
+  }
+}
+
+template <class T>
+struct Forward {
+  using Dot = typename DotFor<T>::type;
+  using Element = typename Dot::Element;
+
+  BlockShape s;
+  Panels panels; // of the expanded channels
+  Panels out_panels;
+  const T* x;
+  const Element* expand;
+  const float* depthwise;
+  const Element* project;
+  const float *expand_bias, *depthwise_bias, *project_bias; // null: zeros
+  T* out;
+  uint8_t *mask_expand, *mask_depthwise; // null: not wanted
+  T* pooled; // null: not wanted
+
+  // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
+  // after it belong to the next band.
+  void expand_rows(
+      int64_t image,
+      int64_t panel,
+      int64_t begin,
+      int64_t end,
+      int64_t mask_end,
+      float* ring,
+      const int64_t* offsets,
+      const Segment<Element>& operand) const {
+    const int64_t start = panels.start(panel);
+    const int64_t width = panels.width(panel);
+    if (!s.has_expand) {
+      const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
+      for (int64_t m = 0; m < (end - begin) * s.width; ++m) {
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const int64_t count = std::clamp<int64_t>(s.in_channels - start - c, 0, kLanes);
+          const Vec value = count > 0 ? load_channels(source + m * s.in_channels + c, count) : Vec(0.f);
+          value.store(ring + offsets[m] * width + c);
+        }
+      }
+      return;
+    }
+    const int64_t stride = mask_bytes(s.expanded);
+    const float* bias = expand_bias != nullptr ? expand_bias + start : nullptr;
+    const Element* weight = expand + start * packed_depth<Dot>(s.in_channels);
+    const auto run = [&](int64_t from, int64_t to, bool with_mask) {
+      const int64_t skipped = (from - begin) * s.width;
+      ActivateToRing epilogue{ring, width, offsets + skipped, s.activation, {}};
+      if (with_mask) {
+        epilogue.mask = {
+            mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, stride - start / 8};
+      }
+      const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
+      gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, &rows, 1, weight, bias, epilogue);
+    };
+    const int64_t split = mask_expand != nullptr ? std::clamp(mask_end, begin, end) : begin;
+    run(begin, split, true);
+    run(split, end, false);
+  }
+
+  // Rows [begin, end) of h2, one panel, from the ring into `rows`.
+  void depthwise_rows(
+      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, Tap* taps)
+      const {
+    const int64_t start = panels.start(panel);
+    const int64_t width = panels.width(panel);
+    const int64_t stride = mask_bytes(s.expanded);
+    const float* weight = depthwise + start * s.taps();
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t num_taps = forward_taps(s.window(), walk.view(ring, width), s.height, row, weight, taps);
+      ActivateToRows<Element> epilogue{rows + (row - begin) * s.out_width * width, width, s.activation, {}};
+      if (mask_depthwise != nullptr) {
+        epilogue.mask = {
+            mask_depthwise + (image * s.out_height + row) * s.out_width * stride + start / 8,
+            stride,
+            stride - start / 8};
+      }
+      correlate_row(
+          s.out_width,
+          panels.groups(panel),
+          taps,
+          num_taps,
+          s.stride * width,
+          depthwise_bias != nullptr ? depthwise_bias + start : nullptr,
+          epilogue);
+    }
+  }
+
+  // Rows [begin, end) of y from all panels of h2. row_pixels: pixels that each panel of `rows` has room for.
+  void project_rows(
+      int64_t image,
+      int64_t begin,
+      int64_t end,
+      const Element* rows,
+      int64_t row_pixels,
+      Segment<Element>* segments) const {
+    for (int64_t p = 0; p < panels.count; ++p) {
+      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), panels.width(p)};
+    }
+    const int64_t first = (image * s.out_height + begin) * s.out_width * s.out_channels;
+    for (int64_t q = 0; q < out_panels.count; ++q) {
+      const int64_t start = out_panels.start(q);
+      AddToTensor<T> epilogue{out + first + start, s.out_channels, s.out_channels - start};
+      if (s.residual) {
+        epilogue.addend = x + first + start;
+      }
+      gemm_panel<Dot>(
+          out_panels.groups(q),
+          (end - begin) * s.out_width,
+          segments,
+          panels.count,
+          project + start * panels.padded(),
+          project_bias != nullptr ? project_bias + start : nullptr,
+          epilogue);
+    }
+  }
+
+  // Output rows [begin, end) of an image. Input rows [own_begin, own_end) are this task's to mask and to pool.
+  void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end) const {
+    const Walk walk = plan<Dot>(s, panels, end - begin);
+    const int64_t ring_area = walk.ring_rows * walk.ring_pitch;
+    const int64_t row_pixels = walk.step_rows * s.out_width;
+    float* rings = scratch<float>(kRing, ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()));
+    Element* rows = scratch<Element>(kRows, row_pixels * panels.padded());
+    std::vector<Tap> taps(s.taps());
+    std::vector<Segment<Element>> segments(panels.count);
+    const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
+    if (!walk.shared_ring) {
+      for (int64_t p = 0; p < panels.count; ++p) {
+        clear_borders(panel_ring(p), walk.ring_rows, walk, s.width, panels.width(p));
+      }
+    }
+    const T* image_rows = x + image * s.height * s.width * s.in_channels;
+
+    // Brings h1 up to input row `to`, and output rows [row, row_end) of h2 with it.
+    int64_t next = own_begin;
+    const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
+      const int64_t* offsets = ring_offsets(next, to, s.width, walk);
+      Segment<Element> operand{};
+      if (s.has_expand) {
+        operand = operand_rows<Dot>(
+            image_rows + next * s.width * s.in_channels, (to - next) * s.width, s.in_channels, s.in_channels);
+      }
+      for (int64_t p = 0; p < panels.count; ++p) {
+        float* ring = panel_ring(p);
+        if (walk.shared_ring && row < row_end) {
+          clear_borders(ring, walk.ring_rows, walk, s.width, panels.width(p));
+        }
+        expand_rows(image, p, next, to, own_end, ring, offsets, operand);
+        depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, taps.data());
+      }
+      if (pooled != nullptr) {
+        const int64_t pooled_rows = s.height / 2;
+        pool_rows(
+            image_rows,
+            pooled + image * pooled_rows * (s.width / 2) * s.in_channels,
+            next / 2,
+            std::min({std::min(to, own_end) / 2, pooled_rows}),
+            s);
+      }
+      next = to;
+    };
+    // Rows that no output needs (a stride beyond the kernel, an odd last row) are still masked and pooled.
+    const auto skip_to = [&](int64_t to) {
+      while (next < to) {
+        advance(std::min(to, next + walk.ring_rows), 0, 0);
+      }
+    };
+    for (int64_t row = begin; row < end; row += walk.step_rows) {
+      const int64_t row_end = std::min(row + walk.step_rows, end);
+      skip_to(std::min(row * s.stride - s.pad_top, s.height));
+      const int64_t needed = (row_end - 1) * s.stride - s.pad_top + s.kernel_height;
+      advance(std::clamp(needed, next, s.height), row, row_end);
+      project_rows(image, row, row_end, rows, row_pixels, segments.data());
+    }
+    skip_to(own_end);
+  }
+};
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
+    const at::Tensor& x,
+    const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_bias,
+    const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_bias,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_bias,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool residual,
+    bool needs_mask,
+    bool want_pooled,
+    const OptionalTensor& packed) {
+  const BlockShape s = block_shape(
+      x.sizes(), expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
+  const auto options = x.options();
+  const auto nhwc = at::MemoryFormat::ChannelsLast;
+  const at::Tensor input = x.contiguous(nhwc);
+  at::Tensor out = at::empty({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
+  const bool masks = needs_mask && s.activation != Activation::none;
+  at::Tensor mask_expand = empty_mask(x, masks && s.has_expand, s.batch, s.height, s.width, s.expanded);
+  at::Tensor mask_depthwise = empty_mask(x, masks, s.batch, s.out_height, s.out_width, s.expanded);
+  at::Tensor pooled = want_pooled ? at::empty({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
+                                  : at::empty({0}, options);
+  const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
+  const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
+  const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
+  const auto values = [](const at::Tensor& bias) { return bias.defined() ? bias.data_ptr<float>() : nullptr; };
+  const auto bytes = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr<uint8_t>() : nullptr; };
+
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const auto layout = BlockPack<Dot>::forward(s);
+    const at::Tensor weights = packed_or_pack<T>(
+        packed, layout.bytes(), expand_weight, depthwise_weight, project_weight, pack_inverted_residual_forward);
+    const Forward<T> forward{
+        s,
+        Panels(s.expanded),
+        Panels(s.out_channels),
+        input.data_ptr<T>(),
+        layout.into(weights),
+        layout.depthwise(weights),
+        layout.out(weights),
+        values(bias1),
+        values(bias2),
+        values(bias3),
+        out.data_ptr<T>(),
+        bytes(mask_expand),
+        bytes(mask_depthwise),
+        pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr};
+    const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
+    // A band owns the input rows from the first that its first output row reads to where the next band starts; even
+    // numbers, so that a pooled row has one owner.
+    const auto first_owned = [&](int64_t band) {
+      if (band == 0 || band == bands.per_image) {
+        return band == 0 ? int64_t(0) : s.height;
+      }
+      return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
+    };
+    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t band = t % bands.per_image;
+        forward.task(
+            t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
+      }
+    });
+  });
+  return {out, mask_expand, mask_depthwise, pooled};
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,112 @@
+// The single operators. All tensors are (N, C, H, W); anything not channels_last is copied to it first, and results
+// are channels_last. Storage: float32, bfloat16, float16; arithmetic, biases and bias gradients: float32. A result that
+// was not asked for is an empty tensor. Formulas, traffic and saved state: at the head of each file.
+#pragma once
+
+#include "common.h"
+#include "depthwise.h"
+
+#include <tuple>
+#include <vector>
+
+namespace tinytl::cpu {
+
+// activation.cpp: activation in {none, relu, relu6, leaky_relu, hardsigmoid}.
+std::tuple<at::Tensor, at::Tensor> activation_forward( // (out, mask)
+    const at::Tensor& x, const std::string& activation, double negative_slope, bool needs_mask);
+at::Tensor bias_activation_( // mask
+    at::Tensor& x, const OptionalTensor& bias, const std::string& activation, double negative_slope, bool needs_mask);
+std::tuple<at::Tensor, at::Tensor> activation_backward( // (grad_input, grad_bias)
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const std::string& activation,
+    double negative_slope,
+    bool need_input,
+    bool need_bias);
+
+// pointwise.cpp: activation in {none, relu, relu6}.
+at::Tensor pack_pointwise_forward(const at::Tensor& weight);
+at::Tensor pack_pointwise_backward(const at::Tensor& weight);
+std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, mask)
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    const std::string& activation,
+    bool needs_mask,
+    const OptionalTensor& packed);
+std::tuple<at::Tensor, at::Tensor> pointwise_backward( // (grad_input, grad_bias)
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const at::Tensor& weight,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias,
+    const OptionalTensor& packed);
+
+// depthwise_conv.cpp: activation in {none, relu, relu6}; padding (top, bottom, left, right).
+std::tuple<at::Tensor, at::Tensor> depthwise_forward( // (out, mask)
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    const std::string& activation,
+    bool needs_mask);
+std::tuple<at::Tensor, at::Tensor> depthwise_backward( // (grad_input, grad_bias)
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const at::Tensor& weight,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias);
+
+// pooling.cpp. divisor_override 0: none.
+std::tuple<at::Tensor, at::Tensor> max_pool2d_forward( // (out, positions)
+    const at::Tensor& x,
+    at::IntArrayRef kernel_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool ceil_mode,
+    bool needs_positions);
+at::Tensor max_pool2d_backward( // grad_input
+    const at::Tensor& grad_output,
+    const at::Tensor& positions,
+    at::IntArrayRef input_size,
+    at::IntArrayRef kernel_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool ceil_mode);
+at::Tensor avg_pool2d_forward( // out
+    const at::Tensor& x,
+    at::IntArrayRef kernel_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    bool ceil_mode,
+    bool count_include_pad,
+    int64_t divisor_override);
+at::Tensor avg_pool2d_backward( // grad_input
+    const at::Tensor& grad_output,
+    at::IntArrayRef input_size,
+    at::IntArrayRef kernel_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    bool ceil_mode,
+    bool count_include_pad,
+    int64_t divisor_override);
+
+// upsample_add.cpp
+at::Tensor upsample_add_forward(const at::Tensor& main, const at::Tensor& branch); // out
+void upsample_add_(at::Tensor& main, const at::Tensor& branch);
+at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef branch_size); // grad_branch
+
+} // namespace tinytl::cpu

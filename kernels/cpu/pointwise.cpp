@@ -1,0 +1,291 @@
+// Frozen 1x1 convolution with bias, activation and bit mask, and its backward:
+//
+//     y  = act(x W^T + b), mask            x (N, H, W, C_in), W (C_out, C_in), any stride, no padding
+//     g  = mask ? dy : 0,  db = sum g,  dx = g W
+//
+// A task takes runs of pixels small enough to stay in cache. Forward reads x and writes y and the mask once. Backward
+// reads dy once: a run's g goes into scratch, where it is summed and is the GEMM's operand; no full g exists.
+#include "operators.h"
+
+#include "epilogues.h"
+
+#include <ATen/Parallel.h>
+
+namespace tinytl::cpu {
+namespace {
+
+// A run is this many bytes of operand at most.
+constexpr int64_t kRunBytes = 128 * 1024;
+
+struct PointwiseShape {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t stride_height, stride_width;
+  Activation activation;
+
+  PointwiseShape(at::IntArrayRef input, const at::Tensor& weight, at::IntArrayRef stride, const std::string& name)
+      : activation(parse_activation(name)) {
+    TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input);
+    TORCH_CHECK(
+        stride.size() == 2 && stride[0] >= 1 && stride[1] >= 1, "stride: expected two numbers >= 1, got ", stride);
+    TORCH_CHECK(
+        weight.dim() == 4 && weight.size(1) == input[1] && weight.size(2) == 1 && weight.size(3) == 1,
+        "weight: expected (C_out, ",
+        input[1],
+        ", 1, 1), got ",
+        weight.sizes());
+    batch = input[0];
+    in_channels = input[1];
+    height = input[2];
+    width = input[3];
+    out_channels = weight.size(0);
+    stride_height = stride[0];
+    stride_width = stride[1];
+    TORCH_CHECK(
+        in_channels > 0 && out_channels > 0 && height > 0 && width > 0,
+        "input: expected at least one channel, row and column, got ",
+        input);
+    out_height = (height - 1) / stride_height + 1;
+    out_width = (width - 1) / stride_width + 1;
+  }
+
+  bool strided() const {
+    return stride_height > 1 || stride_width > 1;
+  }
+  int64_t pixels() const {
+    return batch * out_height * out_width;
+  }
+  // Where the image holds output pixel p.
+  int64_t input_pixel(int64_t p) const {
+    if (!strided()) {
+      return p;
+    }
+    const int64_t column = p % out_width;
+    const int64_t row = p / out_width % out_height;
+    const int64_t image = p / out_width / out_height;
+    return (image * height + row * stride_height) * width + column * stride_width;
+  }
+  // Runs of output pixels whose input pixels are evenly spaced: rows when strided, else as long as the cache allows,
+  // and no longer than gives every thread one.
+  int64_t run_pixels(int64_t depth, int64_t element_bytes) const {
+    if (strided()) {
+      return out_width;
+    }
+    const int64_t fits = std::max<int64_t>(kRunBytes / (depth * element_bytes) / kTileRows, 1) * kTileRows;
+    return std::max<int64_t>(std::min(fits, ceil_div(pixels(), at::get_num_threads())), 1);
+  }
+};
+
+// Cuts a GEMM operand along its depth so that no chain of additions is longer than kChainDepth.
+template <class Element>
+std::vector<Segment<Element>> cut_segments(int64_t depth) {
+  std::vector<Segment<Element>> segments;
+  for (int64_t k = 0; k < depth; k += kChainDepth) {
+    segments.push_back({nullptr, 0, std::min(kChainDepth, depth - k)});
+  }
+  return segments;
+}
+
+template <class Element>
+void place_segments(std::vector<Segment<Element>>& segments, const Segment<Element>& operand) {
+  int64_t k = 0;
+  for (auto& segment : segments) {
+    segment.data = operand.data + k;
+    segment.stride = operand.stride;
+    k += segment.depth;
+  }
+}
+
+// Calls body(task, first pixel, end pixel) for every run; a task owns neighbouring runs.
+template <class Body>
+void for_runs(int64_t pixels, int64_t run, int64_t tasks, const Body& body) {
+  const int64_t runs = ceil_div(pixels, run);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t r = runs * t / tasks; r < runs * (t + 1) / tasks; ++r) {
+        body(t, r * run, std::min((r + 1) * run, pixels));
+      }
+    }
+  });
+}
+
+} // namespace
+
+at::Tensor pack_pointwise_forward(const at::Tensor& weight) {
+  at::Tensor packed;
+  const at::Tensor source = weight.contiguous();
+  with_storage_type(weight.scalar_type(), "weight", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const int64_t out = weight.size(0), in = weight.size(1);
+    packed = at::empty({packed_elements<Dot>(in, out)}, weight.options().dtype(c10::CppTypeToScalarType<typename Dot::Element>::value));
+    pack_panels<Dot>(
+        source.data_ptr<T>(), in, packed_depth<Dot>(in), out, 1, in, packed.data_ptr<typename Dot::Element>());
+  });
+  return packed;
+}
+
+at::Tensor pack_pointwise_backward(const at::Tensor& weight) {
+  at::Tensor packed;
+  const at::Tensor source = weight.contiguous();
+  with_storage_type(weight.scalar_type(), "weight", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const int64_t out = weight.size(0), in = weight.size(1);
+    packed = at::empty({packed_elements<Dot>(out, in)}, weight.options().dtype(c10::CppTypeToScalarType<typename Dot::Element>::value));
+    pack_panels<Dot>(
+        source.data_ptr<T>(), out, packed_depth<Dot>(out), in, in, 1, packed.data_ptr<typename Dot::Element>());
+  });
+  return packed;
+}
+
+std::tuple<at::Tensor, at::Tensor> pointwise_forward(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    const std::string& activation,
+    bool needs_mask,
+    const OptionalTensor& packed) {
+  const PointwiseShape s(x.sizes(), weight, stride, activation);
+  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor out = at::empty(
+      {s.batch, s.out_channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor mask = empty_mask(
+      x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
+  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const at::Tensor padded = padded_bias(bias, s.out_channels, "bias");
+  const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
+  const Panels panels(s.out_channels);
+  const int64_t mask_stride = mask_bytes(s.out_channels);
+
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    using Element = typename Dot::Element;
+    const int64_t depth = packed_depth<Dot>(s.in_channels);
+    const at::Tensor weights = checked_packed<Dot>(packed, s.in_channels, s.out_channels, [&] {
+      return pack_pointwise_forward(weight.to(x.scalar_type()));
+    });
+    const Element* b = weights.data_ptr<Element>();
+    const T* source = input.data_ptr<T>();
+    T* target = out.data_ptr<T>();
+    for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), at::get_num_threads(), [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t step = s.stride_width * s.in_channels; // operand pixels are `step` elements apart
+      const auto operand = operand_rows<Dot>(source + s.input_pixel(begin) * s.in_channels, end - begin, s.in_channels, step);
+      auto segments = cut_segments<Element>(depth);
+      place_segments(segments, operand);
+      for (int64_t q = 0; q < panels.count; ++q) {
+        const int64_t start = panels.start(q);
+        ActivateToTensor<T> epilogue{
+            target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
+        if (bits != nullptr) {
+          epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, mask_stride - start / 8};
+        }
+        gemm_panel<Dot>(
+            panels.groups(q),
+            end - begin,
+            segments.data(),
+            static_cast<int64_t>(segments.size()),
+            b + start * depth,
+            init != nullptr ? init + start : nullptr,
+            epilogue);
+      }
+    });
+  });
+  return {out, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> pointwise_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const at::Tensor& weight,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias,
+    const OptionalTensor& packed) {
+  const PointwiseShape s(input_size, weight, stride, activation);
+  check_size(
+      grad_output, "grad_output", {s.batch, s.out_channels, s.out_height, s.out_width}, grad_output.scalar_type());
+  if (!need_input) {
+    auto [unused, grad_bias] = activation_backward(grad_output, mask, activation, 0., false, need_bias);
+    return {unused, grad_bias};
+  }
+  const uint8_t* bits = checked_mask(
+      mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
+  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  if (s.strided()) {
+    grad_input.zero_(); // input pixels that no output pixel reads
+  }
+  const Panels panels(s.in_channels);
+  const int64_t mask_stride = mask_bytes(s.out_channels);
+  const int64_t padded = padded_channels(s.out_channels);
+  const int64_t tasks = at::get_num_threads();
+  at::Tensor partial = at::zeros({tasks, padded}, grad.options().dtype(at::kFloat));
+  float* partials = partial.data_ptr<float>();
+
+  with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    using Element = typename Dot::Element;
+    const int64_t depth = packed_depth<Dot>(s.out_channels);
+    const at::Tensor weights = checked_packed<Dot>(packed, s.out_channels, s.in_channels, [&] {
+      return pack_pointwise_backward(weight.to(grad.scalar_type()));
+    });
+    const Element* b = weights.data_ptr<Element>();
+    const T* source = grad.data_ptr<T>();
+    T* target = grad_input.data_ptr<T>();
+    for_runs(s.pixels(), s.run_pixels(padded, sizeof(Element)), tasks, [&](int64_t task, int64_t begin, int64_t end) {
+      // g of this run, channels padded to whole groups with zeros, and its sums.
+      Element* operand = scratch<Element>(kOperand, (end - begin) * padded);
+      float* sums = scratch<float>(kSums, padded);
+      std::memset(sums, 0, sizeof(float) * padded);
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        for (int64_t c = 0; c < s.out_channels; c += kGroup) {
+          Vec group[kGroupVecs];
+          for (int v = 0; v < kGroupVecs; ++v) {
+            const int64_t at = c + v * kLanes;
+            const int64_t count = std::clamp<int64_t>(s.out_channels - at, 0, kLanes);
+            group[v] = count > 0 ? load_channels(source + pixel * s.out_channels + at, count) : Vec(0.f);
+          }
+          if (bits != nullptr) {
+            select_group(group, bits + pixel * mask_stride + c / 8, mask_stride - c / 8);
+          }
+          for (int v = 0; v < kGroupVecs; ++v) {
+            const int64_t at = c + v * kLanes;
+            store_channels(operand + (pixel - begin) * padded + at, group[v]);
+            if (need_bias) {
+              (Vec::loadu(sums + at) + group[v]).store(sums + at);
+            }
+          }
+        }
+      }
+      if (need_bias) {
+        flush_sums(sums, partials + task * padded, padded);
+      }
+      auto segments = cut_segments<Element>(depth);
+      place_segments(segments, Segment<Element>{operand, padded, depth});
+      for (int64_t q = 0; q < panels.count; ++q) {
+        const int64_t start = panels.start(q);
+        AddToTensor<T> epilogue{
+            target + s.input_pixel(begin) * s.in_channels + start,
+            s.stride_width * s.in_channels,
+            s.in_channels - start};
+        gemm_panel<Dot>(
+            panels.groups(q),
+            end - begin,
+            segments.data(),
+            static_cast<int64_t>(segments.size()),
+            b + start * depth,
+            nullptr,
+            epilogue);
+      }
+    });
+  });
+  return {grad_input, reduce_partial(partial, 0, s.out_channels, need_bias)};
+}
+
+} // namespace tinytl::cpu

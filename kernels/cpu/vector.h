@@ -1,0 +1,86 @@
+// The vector type every kernel here is written in, and what a row of channels looks like in it.
+//
+// One source serves AVX-512, AVX2, NEON and plain C++: at::vec::Vectorized<float> is chosen by the flags
+// CPU_CAPABILITY and CPU_CAPABILITY_<name>. All arithmetic is float32; float16 and bfloat16 are converted on load
+// and on store.
+//
+// A *group* is the smallest run of channels that fills whole vectors and whole bytes of a bit mask: 16 channels on
+// AVX-512, 8 elsewhere. Scratch buffers are padded to whole groups, so that only code that touches a user's tensor
+// has to think about tails.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define TINYTL_INLINE inline __attribute__((always_inline))
+#define TINYTL_UNROLL _Pragma("GCC unroll 32")
+#define TINYTL_LAMBDA_INLINE __attribute__((always_inline))
+
+namespace tinytl::cpu {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int kLanes = Vec::size();
+constexpr int kGroup = kLanes < 8 ? 8 : kLanes; // channels in a group
+constexpr int kGroupVecs = kGroup / kLanes; // vectors in a group
+constexpr int kGroupBytes = kGroup / 8; // mask bytes in a group
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t floor_div(int64_t a, int64_t b) { // b > 0
+  return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { // b > 0
+  return -floor_div(-a, b);
+}
+
+// Channels rounded up to whole groups: the padded length of a bias, a packed weight, a scratch row.
+constexpr int64_t padded_channels(int64_t channels) {
+  return round_up(channels, kGroup);
+}
+
+constexpr int64_t mask_bytes(int64_t channels) {
+  return (channels + 7) / 8;
+}
+
+// count <= kLanes values from memory; lanes past count are zero.
+template <class T>
+TINYTL_INLINE Vec load_channels(const T* source, int64_t count = kLanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    return count >= kLanes ? Vec::loadu(source) : Vec::loadu(source, count);
+  } else {
+    alignas(64) T lanes[kLanes];
+    if (count < kLanes) {
+      std::memset(lanes, 0, sizeof(lanes));
+      std::memcpy(lanes, source, sizeof(T) * count);
+      source = lanes;
+    }
+    Vec value;
+    at::vec::load_to_float(source, value);
+    return value;
+  }
+}
+
+// The first count <= kLanes lanes to memory, rounded to nearest even.
+template <class T>
+TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count >= kLanes) {
+      value.store(target);
+    } else {
+      value.store(target, static_cast<int>(count));
+    }
+  } else {
+    const auto narrow = at::vec::convert_from_float<T>(value, value);
+    narrow.store(target, static_cast<int>(count < kLanes ? count : kLanes));
+  }
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,33 @@
+"""The CPU backend: C++ kernels from ``kernels/cpu``, compiled at first use. Operators it lacks are the reference's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.backends.cpu import activation, frozen_conv, frozen_inverted_residual, pooling, upsample_add
+from tinytl_kernels.backends.cpu.build import load_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OPERATORS = {
+    **activation.OPERATORS,
+    **frozen_conv.OPERATORS,
+    **frozen_inverted_residual.OPERATORS,
+    **pooling.OPERATORS,
+    **upsample_add.OPERATORS,
+}
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here, or None; compiles them if nobody has."""
+    return load_kernels()
+
+
+def cannot_take(tensor: Tensor) -> str | None:
+    """Why the kernels cannot take ``tensor``, or None."""
+    if tensor.device.type != "cpu":
+        return f"expected a CPU tensor, got one on {tensor.device}"
+    if tensor.dtype not in DTYPES:
+        return f"expected float32, bfloat16 or float16, got {tensor.dtype}"
+    return None

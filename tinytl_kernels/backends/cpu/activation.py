@@ -1,0 +1,44 @@
+"""Stand-alone activations of the ReLU family: ``activation.cpp``. Smooth ones are ATen's, as in the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.backends.cpu.layout import channels_last, in_layout
+from tinytl_kernels.backends.reference import activation as reference
+from tinytl_kernels.core.activations import BIT_MASK
+from tinytl_kernels.core.layout import memory_format
+
+
+def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool) -> tuple[Tensor, Tensor]:
+    if name not in BIT_MASK or input.dim() == 0:
+        return reference.activation(input, name, negative_slope, needs_mask)
+    output, mask = torch.ops.tinytl_cpu.activation_forward(
+        channels_last(_as_images(input)), name, negative_slope, needs_mask
+    )
+    if input.dim() == 4:
+        return in_layout(output, memory_format(input)), mask
+    return output.view(input.shape), mask.view(*input.shape[:-1], -1) if needs_mask and mask.numel() else mask
+
+
+def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_slope: float) -> Tensor:
+    if name not in BIT_MASK or grad_output.dim() == 0:
+        return reference.activation_gradient(grad_output, saved, name, negative_slope)
+    images = _as_images(grad_output)
+    n, c, h, w = images.shape
+    grad_input, _ = torch.ops.tinytl_cpu.activation_backward(
+        channels_last(images), saved.view(n, h, w, -1) if saved.numel() else saved.new_empty((n, h, w, (c + 7) // 8)),
+        name, negative_slope, True, False,
+    )  # fmt: skip
+    if grad_output.dim() == 4:
+        return in_layout(grad_input, memory_format(grad_output))
+    return grad_input.view(grad_output.shape)
+
+
+def _as_images(tensor: Tensor) -> Tensor:
+    """(..., C) as (rows, C, 1, 1): the last dimension of anything but images counts as channels."""
+    return tensor if tensor.dim() == 4 else tensor.reshape(-1, tensor.size(-1), 1, 1)
+
+
+OPERATORS = {"activation": activation, "activation_backward": activation_backward}

@@ -1,0 +1,72 @@
+"""Binds ``kernels/cpu/inverted_residual*.cpp``: the whole block in one pass, expanded activations in cache only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.backends.cpu.layout import channels_last, in_layout
+from tinytl_kernels.backends.reference import frozen_inverted_residual as reference
+from tinytl_kernels.core.layout import format_of, memory_format
+
+# What the C++ computes; other activations are the reference's.
+_ACTIVATIONS = {None: "none", "relu": "relu", "relu6": "relu6"}
+
+
+def frozen_inverted_residual(
+    input: Tensor, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+    stride, padding, activation, residual: bool, needs_masks: bool, want_pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not _fused(stride, activation):
+        return reference.frozen_inverted_residual(
+            input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
+            stride, padding, activation, residual, needs_masks, want_pooled,
+        )  # fmt: skip
+    layout = memory_format(input)
+    output, expand_mask, depthwise_mask, pooled = torch.ops.tinytl_cpu.inverted_residual_forward(
+        channels_last(input),
+        _as(input, expand_weight), expand_bias, _as(input, depthwise_weight), depthwise_bias,
+        _as(input, project_weight), project_bias,
+        stride[0], padding, _ACTIVATIONS[activation], residual, needs_masks, want_pooled,
+    )  # fmt: skip
+    if layout is not torch.channels_last:
+        output = in_layout(output, layout)
+        pooled = in_layout(pooled, layout) if want_pooled else pooled
+    return output, expand_mask, depthwise_mask, pooled
+
+
+def frozen_inverted_residual_backward(
+    grad_output: Tensor, grad_pooled: Tensor | None, expand_weight, depthwise_weight, project_weight,
+    expand_mask: Tensor, depthwise_mask: Tensor, input_size, stride, padding, activation, residual: bool,
+    is_channels_last: bool, needed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not _fused(stride, activation):
+        return reference.frozen_inverted_residual_backward(
+            grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
+            input_size, stride, padding, activation, residual, is_channels_last, needed,
+        )  # fmt: skip
+    if grad_pooled is not None:
+        grad_pooled = channels_last(grad_pooled)
+    grad_input, *grad_biases = torch.ops.tinytl_cpu.inverted_residual_backward(
+        channels_last(grad_output),
+        expand_mask, depthwise_mask,
+        _as(grad_output, expand_weight), _as(grad_output, depthwise_weight), _as(grad_output, project_weight),
+        input_size, stride[0], padding, _ACTIVATIONS[activation], residual, *needed, grad_pooled,
+    )  # fmt: skip
+    if needed[0]:
+        grad_input = in_layout(grad_input, format_of(is_channels_last))
+    return (grad_input, *grad_biases)
+
+
+def _fused(stride, activation: str | None) -> bool:
+    return activation in _ACTIVATIONS and stride[0] == stride[1]
+
+
+def _as(like: Tensor, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.to(like.dtype)
+
+
+OPERATORS = {
+    "frozen_inverted_residual": frozen_inverted_residual,
+    "frozen_inverted_residual_backward": frozen_inverted_residual_backward,
+}
