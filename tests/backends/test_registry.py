@@ -29,6 +29,7 @@ def fake(monkeypatch):
     module.OPERATORS = {"activation": activation}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backends, "BACKENDS", ("fake", "reference"))
+    monkeypatch.setattr(backends, "AUTOMATIC", ("fake", "reference"))
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     return module
 

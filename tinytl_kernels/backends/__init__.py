@@ -20,8 +20,11 @@ from types import ModuleType
 
 import torch
 
-# In the order in which they are asked; reference takes everything and comes last.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+
+# Asked in this order for every tensor; reference takes everything and comes last. The Triton kernels are correct through
+# the interpreter and compile for every target, but no GPU has run them yet: until one has, they have to be asked for.
+AUTOMATIC = ("cpu", "reference")
 
 ENVIRONMENT_VARIABLE = "TINYTL_BACKEND"
 
@@ -95,7 +98,7 @@ def implementation(operator: str, tensor: torch.Tensor) -> Callable:
         if reason := module.cannot_take(tensor):
             raise RuntimeError(f"backend {forced!r} is forced but cannot take this tensor: {reason}")
         return module.OPERATORS.get(operator) or backend_module("reference").OPERATORS[operator]
-    for name in BACKENDS:
+    for name in AUTOMATIC:
         module = backend_module(name)
         if operator in module.OPERATORS and not module.cannot_take(tensor) and not module.unavailable_reason():
             return module.OPERATORS[operator]
