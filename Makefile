@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help test demo bench lint format doctor clean
+.PHONY: help test asan capabilities demo bench aot lint format doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,8 +22,15 @@ test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
 
+asan: $(READY) ## tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.backends.cpu.sanitized
+
+capabilities: $(READY) ## tests of the C++ kernels built for AVX2 and for no vector instructions at all
+	TINYTL_CPU_CAPABILITY=AVX2 $(BIN)/python -m pytest -q tests/backends/cpu tests/ops
+	TINYTL_CPU_CAPABILITY=DEFAULT $(BIN)/python -m pytest -q tests/backends/cpu tests/ops
+
 demo: $(READY) ## the main job: six methods on EfficientNet-Lite0, table and two pictures in demo_out/
-	$(BIN)/python -m tinytl_kernels compare --out demo_out --overwrite
+	$(BIN)/python -m tinytl_kernels compare --out demo_out
 
 bench: $(READY) ## the benchmark suite; results in benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/latest.json
@@ -34,6 +41,9 @@ lint: $(READY) ## what `make test` lints
 
 format: $(READY) ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+aot: $(READY) ## every Triton kernel compiled for every GPU it is meant for: registers, spills, bytes moved
+	$(BIN)/python -m benchmarks.aot
 
 doctor: $(READY) ## what this machine offers
 	$(BIN)/python -m tinytl_kernels doctor

@@ -22,8 +22,8 @@ import torch
 
 BACKENDS = ("cpu", "triton", "reference")
 
-# Asked in this order for every tensor; reference takes everything and comes last. The Triton kernels are correct through
-# the interpreter and compile for every target, but no GPU has run them yet: until one has, they have to be asked for.
+# Asked in this order for every tensor; reference takes everything and comes last. The Triton kernels are right through
+# the interpreter and compile for every target, but no GPU has run them: until one has, they have to be asked for.
 AUTOMATIC = ("cpu", "reference")
 
 ENVIRONMENT_VARIABLE = "TINYTL_BACKEND"

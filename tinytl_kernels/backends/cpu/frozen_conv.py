@@ -1,8 +1,8 @@
 """Frozen convolutions on the CPU: ``pointwise.cpp``, ``depthwise_conv.cpp``, and oneDNN for the dense ones.
 
-A dense or grouped k x k convolution is oneDNN's through ATen; bias, activation and bit mask are one pass over its output
-(``activation.cpp``), and in backward the masked gradient and the bias gradient are one pass over a few images at a time,
-which oneDNN then takes to the input gradient.
+A dense or grouped k x k convolution is oneDNN's through ATen; bias, activation and bit mask are one pass over its
+output (``activation.cpp``), and in backward the masked gradient and the bias gradient are one pass over a few images
+at a time, which oneDNN then takes to the input gradient.
 """
 
 from __future__ import annotations
