@@ -54,15 +54,7 @@ void forward_pixels(
         }
       }
       uint8_t* bits = mask != nullptr ? mask + pixel * stride + c / 8 : nullptr;
-      const int64_t bytes = stride - c / 8;
-      if constexpr (A == Activation::hardsigmoid) {
-        // 0 passes here, so lanes past the last channel are moved to where nothing does.
-        for (int v = 0; v < kGroupVecs; ++v) {
-          const int64_t count = std::clamp<int64_t>(channels - c - v * kLanes, 0, kLanes);
-          group[v] = Vec::set(Vec(-4.f), group[v], count);
-        }
-      }
-      activate_group<A>(group, bits, bytes, slope);
+      activate_group<A>(group, bits, channels - c, slope);
       for (int v = 0; v < kGroupVecs; ++v) {
         const int64_t at = c + v * kLanes;
         if (at < channels) {
@@ -114,7 +106,7 @@ void backward_pixels(
         passed[v] = value[v];
       }
       if (mask != nullptr) {
-        const uint32_t bits = load_group_bits(mask + pixel * stride + c / 8, stride - c / 8);
+        const uint32_t bits = load_group_bits(mask + pixel * stride + c / 8, channels - c);
         for (int v = 0; v < kGroupVecs; ++v) {
           const uint32_t lanes = (bits >> (v * kLanes)) & ((1u << kLanes) - 1);
           if (slopes.pass != 1.f) {

@@ -106,23 +106,27 @@ TINYTL_INLINE Vec select(Vec value, uint32_t bits) {
 #endif
 }
 
-// The mask bits of one group, at `bytes` <= kGroupBytes bytes (fewer at the last channels).
-TINYTL_INLINE uint32_t load_group_bits(const uint8_t* mask, int64_t bytes) {
+// The mask bits of one group. channels: from this group's first to the last there is, at least 1.
+TINYTL_INLINE uint32_t load_group_bits(const uint8_t* mask, int64_t channels) {
   if constexpr (kGroupBytes == 1) {
     return *mask;
   } else {
     uint16_t bits = *mask;
-    if (bytes >= 2) {
+    if (channels > 8) {
       std::memcpy(&bits, mask, 2);
     }
     return bits;
   }
 }
 
-TINYTL_INLINE void store_group_bits(uint8_t* mask, uint32_t bits, int64_t bytes) {
+// Bits past the last channel are stored as 0, whatever a NaN or an infinity times the zeros of padding has made there.
+TINYTL_INLINE void store_group_bits(uint8_t* mask, uint32_t bits, int64_t channels) {
+  if (channels < kGroup) {
+    bits &= (1u << channels) - 1;
+  }
   if constexpr (kGroupBytes == 1) {
     *mask = static_cast<uint8_t>(bits);
-  } else if (bytes >= 2) {
+  } else if (channels > 8) {
     const uint16_t wide = static_cast<uint16_t>(bits);
     std::memcpy(mask, &wide, 2);
   } else {
@@ -130,10 +134,9 @@ TINYTL_INLINE void store_group_bits(uint8_t* mask, uint32_t bits, int64_t bytes)
   }
 }
 
-// Activates one group in place and stores its mask bits when mask is not null. Padding channels are zero on entry, so
-// their bits come out as 0.
+// Activates one group in place and stores its mask bits when mask is not null.
 template <Activation A>
-TINYTL_INLINE void activate_group(Vec* group, uint8_t* mask, int64_t bytes, float slope = 0.f) {
+TINYTL_INLINE void activate_group(Vec* group, uint8_t* mask, int64_t channels, float slope = 0.f) {
   if constexpr (A != Activation::none) {
     if (mask != nullptr) {
       uint32_t bits = 0;
@@ -141,7 +144,7 @@ TINYTL_INLINE void activate_group(Vec* group, uint8_t* mask, int64_t bytes, floa
       for (int v = 0; v < kGroupVecs; ++v) {
         bits |= pass_bits<A>(group[v]) << (v * kLanes);
       }
-      store_group_bits(mask, bits, bytes);
+      store_group_bits(mask, bits, channels);
     }
     TINYTL_UNROLL
     for (int v = 0; v < kGroupVecs; ++v) {
@@ -151,8 +154,8 @@ TINYTL_INLINE void activate_group(Vec* group, uint8_t* mask, int64_t bytes, floa
 }
 
 // Zeroes the blocked gradients of one group in place.
-TINYTL_INLINE void select_group(Vec* group, const uint8_t* mask, int64_t bytes) {
-  const uint32_t bits = load_group_bits(mask, bytes);
+TINYTL_INLINE void select_group(Vec* group, const uint8_t* mask, int64_t channels) {
+  const uint32_t bits = load_group_bits(mask, channels);
   TINYTL_UNROLL
   for (int v = 0; v < kGroupVecs; ++v) {
     group[v] = select(group[v], (bits >> (v * kLanes)) & ((1u << kLanes) - 1));

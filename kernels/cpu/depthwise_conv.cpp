@@ -207,7 +207,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
         const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
         RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, s.activation, {}};
         if (bits != nullptr) {
-          epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, mask_stride};
+          epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, s.channels};
         }
         correlate_row(
             s.out_width,
@@ -298,7 +298,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
                 group[v] = count > 0 ? load_channels(from + c + v * kLanes, count) : Vec(0.f);
               }
               if (bits != nullptr) {
-                select_group(group, bits + (first_pixel + column) * mask_stride + c / 8, mask_stride - c / 8);
+                select_group(group, bits + (first_pixel + column) * mask_stride + c / 8, s.channels - c);
               }
               for (int v = 0; v < kGroupVecs; ++v) {
                 group[v].store(row + column * width + c + v * kLanes);

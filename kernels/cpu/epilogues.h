@@ -27,13 +27,13 @@ template <class Byte>
 struct MaskRows {
   Byte* data = nullptr; // null: no mask
   int64_t stride = 0; // bytes from pixel to pixel
-  int64_t bytes = 0; // bytes left from this panel's first channel on
+  int64_t channels = 0; // channels left from this panel's first on
 
   TINYTL_INLINE Byte* at(int64_t pixel, int group) const {
     return data + pixel * stride + group * kGroupBytes;
   }
   TINYTL_INLINE int64_t left(int group) const {
-    return bytes - group * kGroupBytes;
+    return channels - group * kGroup;
   }
 };
 
@@ -119,32 +119,50 @@ struct AddToTensor {
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     if (valid >= VECS * kLanes) {
-      write<ROWS, VECS, true>(m0, sum);
+      TINYTL_UNROLL
+      for (int m = 0; m < ROWS; ++m) {
+        TINYTL_UNROLL
+        for (int v = 0; v < VECS; ++v) {
+          write(m0 + m, v, sum[m][v], kLanes);
+        }
+      }
     } else {
-      write<ROWS, VECS, false>(m0, sum);
+      // The last panel takes the detour through memory, so that tails are compiled once and not in every tile.
+      alignas(64) float values[ROWS * VECS * kLanes];
+      TINYTL_UNROLL
+      for (int m = 0; m < ROWS; ++m) {
+        TINYTL_UNROLL
+        for (int v = 0; v < VECS; ++v) {
+          sum[m][v].store(values + (m * VECS + v) * kLanes);
+        }
+      }
+      write_partial(m0, values, ROWS, VECS);
     }
   }
 
-  template <int ROWS, int VECS, bool FULL>
-  TINYTL_INLINE void write(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      const int64_t pixel = (m0 + m) * stride;
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        const int64_t count = FULL ? kLanes : std::min<int64_t>(valid - v * kLanes, kLanes);
-        if (FULL || count > 0) {
-          Vec value = sum[m][v];
-          if (addend != nullptr) {
-            value = value + load_channels(addend + pixel + v * kLanes, count);
-          }
-          if (pooled != nullptr && pooled_offsets[m0 + m] >= 0) {
-            value = at::vec::fmadd(load_channels(pooled + pooled_offsets[m0 + m] + v * kLanes, count), Vec(0.25f), value);
-          }
-          store_channels(out + pixel + v * kLanes, value, count);
-        }
+  __attribute__((noinline)) void write_partial(int64_t m0, const float* values, int rows, int vecs) const {
+    const int full = static_cast<int>(valid / kLanes);
+    const int64_t tail = valid % kLanes;
+    for (int m = 0; m < rows; ++m, values += vecs * kLanes) {
+      for (int v = 0; v < full; ++v) {
+        write(m0 + m, v, Vec::loadu(values + v * kLanes), kLanes);
+      }
+      if (tail > 0) {
+        write(m0 + m, full, Vec::loadu(values + full * kLanes), tail);
       }
     }
+  }
+
+  // The first count <= kLanes lanes of vector v of pixel m.
+  TINYTL_INLINE void write(int64_t m, int v, Vec value, int64_t count) const {
+    const int64_t at = m * stride + v * kLanes;
+    if (addend != nullptr) {
+      value = value + load_channels(addend + at, count);
+    }
+    if (pooled != nullptr && pooled_offsets[m] >= 0) {
+      value = at::vec::fmadd(load_channels(pooled + pooled_offsets[m] + v * kLanes, count), Vec(0.25f), value);
+    }
+    store_channels(out + at, value, count);
   }
 };
 
@@ -162,21 +180,15 @@ struct ActivateToTensor {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
-        T* target = out + (m0 + m) * stride;
         TINYTL_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
           activate_group<a.value>(
               &sum[m][g * kGroupVecs], mask.data != nullptr && mask.left(g) > 0 ? mask.at(m0 + m, g) : nullptr, mask.left(g));
         }
-        TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
-          const int64_t count = valid - v * kLanes;
-          if (count > 0) {
-            store_channels(target + v * kLanes, sum[m][v], count);
-          }
-        }
       }
     });
+    // What is left is an addition without addends.
+    AddToTensor<T>{out, stride, valid}.template tile<ROWS, GROUPS>(m0, sum);
   }
 };
 

@@ -15,7 +15,6 @@
 #include "gemm.h"
 #include "scratch.h"
 
-#include <ATen/ATen.h>
 
 #include <optional>
 #include <cstring>

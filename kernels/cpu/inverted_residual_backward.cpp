@@ -85,7 +85,7 @@ struct Backward {
         epilogue.mask = {
             mask_depthwise + (image * s.out_height + from) * s.out_width * stride + start / 8,
             stride,
-            stride - start / 8};
+            s.expanded - start};
       }
       const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
       gemm_panel<Dot>(panels.groups(panel), (to - from) * s.out_width, &rows, 1, weight, nullptr, epilogue);
@@ -120,7 +120,7 @@ struct Backward {
           epilogue.mask = {
               mask_expand + ((image * s.height + row) * s.width + phase) * stride + start / 8,
               stride,
-              stride - start / 8};
+              s.expanded - start};
         }
         correlate_row(
             ceil_div(s.width - phase, s.stride), panels.groups(panel), taps, num_taps, width, nullptr, epilogue);
@@ -172,16 +172,18 @@ struct Backward {
         const Element* source = rows + panels.start(p) * row_pixels;
         for (int64_t c = 0; c < panels.width(p); c += kLanes) {
           const auto epilogue = epilogue_at(panels.start(p) + c);
-          for (int64_t m = 0; m < pixels; ++m) {
-            Vec value[1][1] = {{load_channels(source + m * panels.width(p) + c)}};
-            epilogue.template write<1, 1, false>(m, value);
+          const int64_t count = std::min<int64_t>(epilogue.valid, kLanes);
+          for (int64_t m = 0; count > 0 && m < pixels; ++m) {
+            epilogue.write(m, 0, load_channels(source + m * panels.width(p) + c), count);
           }
         }
       }
       return;
     }
     for (int64_t p = 0; p < panels.count; ++p) {
-      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), panels.width(p)};
+      // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
+      const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
+      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
     }
     for (int64_t q = 0; q < in_panels.count; ++q) {
       const int64_t start = in_panels.start(q);

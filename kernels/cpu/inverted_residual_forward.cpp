@@ -102,7 +102,7 @@ struct Forward {
       ActivateToRing epilogue{ring, width, offsets + skipped, s.activation, {}};
       if (with_mask) {
         epilogue.mask = {
-            mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, stride - start / 8};
+            mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, s.expanded - start};
       }
       const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
       gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, &rows, 1, weight, bias, epilogue);
@@ -127,7 +127,7 @@ struct Forward {
         epilogue.mask = {
             mask_depthwise + (image * s.out_height + row) * s.out_width * stride + start / 8,
             stride,
-            stride - start / 8};
+            s.expanded - start};
       }
       correlate_row(
           s.out_width,
@@ -149,7 +149,9 @@ struct Forward {
       int64_t row_pixels,
       Segment<Element>* segments) const {
     for (int64_t p = 0; p < panels.count; ++p) {
-      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), panels.width(p)};
+      // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
+      const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
+      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
     }
     const int64_t first = (image * s.out_height + begin) * s.out_width * s.out_channels;
     for (int64_t q = 0; q < out_panels.count; ++q) {

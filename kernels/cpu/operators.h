@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward( // (grad_input, grad_bias
     bool need_input,
     bool need_bias);
 
-// pooling.cpp. divisor_override 0: none.
+// max_pool.cpp, avg_pool.cpp. divisor_override 0: none.
 std::tuple<at::Tensor, at::Tensor> max_pool2d_forward( // (out, positions)
     const at::Tensor& x,
     at::IntArrayRef kernel_size,

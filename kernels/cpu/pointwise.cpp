@@ -180,7 +180,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
         ActivateToTensor<T> epilogue{
             target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
         if (bits != nullptr) {
-          epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, mask_stride - start / 8};
+          epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, s.out_channels - start};
         }
         gemm_panel<Dot>(
             panels.groups(q),
@@ -252,7 +252,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
             group[v] = count > 0 ? load_channels(source + pixel * s.out_channels + at, count) : Vec(0.f);
           }
           if (bits != nullptr) {
-            select_group(group, bits + pixel * mask_stride + c / 8, mask_stride - c / 8);
+            select_group(group, bits + pixel * mask_stride + c / 8, s.out_channels - c);
           }
           for (int v = 0; v < kGroupVecs; ++v) {
             const int64_t at = c + v * kLanes;

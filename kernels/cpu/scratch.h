@@ -27,7 +27,12 @@ T* scratch(ScratchSlot slot, int64_t count) {
   static thread_local std::array<Buffer, kNumSlots> buffers;
   Buffer& buffer = buffers[slot];
   const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-  if (buffer.bytes < bytes || !buffer.data) {
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr bool fits = false; // exactly what was asked for, so that a step beyond it is seen
+#else
+  const bool fits = buffer.data && buffer.bytes >= bytes;
+#endif
+  if (!fits) {
     buffer.data = at::DataPtr();
     buffer.data = c10::GetCPUAllocator()->allocate(bytes);
     buffer.bytes = bytes;

@@ -12,7 +12,7 @@ from tinytl_kernels.core.layout import memory_format
 
 
 def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool) -> tuple[Tensor, Tensor]:
-    if name not in BIT_MASK or input.dim() == 0:
+    if name not in BIT_MASK or _is_trivial(input):
         return reference.activation(input, name, negative_slope, needs_mask)
     output, mask = torch.ops.tinytl_cpu.activation_forward(
         channels_last(_as_images(input)), name, negative_slope, needs_mask
@@ -23,7 +23,7 @@ def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool
 
 
 def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_slope: float) -> Tensor:
-    if name not in BIT_MASK or grad_output.dim() == 0:
+    if name not in BIT_MASK or _is_trivial(grad_output):
         return reference.activation_gradient(grad_output, saved, name, negative_slope)
     images = _as_images(grad_output)
     n, c, h, w = images.shape
@@ -34,6 +34,11 @@ def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_
     if grad_output.dim() == 4:
         return in_layout(grad_input, memory_format(grad_output))
     return grad_input.view(grad_output.shape)
+
+
+def _is_trivial(tensor: Tensor) -> bool:
+    """A single number or none: shapes that have no rows of channels."""
+    return tensor.dim() == 0 or tensor.numel() == 0
 
 
 def _as_images(tensor: Tensor) -> Tensor:

@@ -41,14 +41,14 @@ def frozen_conv(
             channels_last(input), weight, bias, stride, padding, dilation, _IN_KERNEL[activation], needs_mask
         )
     else:
-        in_pass = activation is not None
-        conv_bias = None if bias is None or in_pass else bias.to(input.dtype)
+        # The bias goes to oneDNN too: added after its output was rounded, it would turn signs, and mask bits, around.
+        bias = None if bias is None else bias.to(input.dtype)
         output = reference.convolve(
-            channels_last(input), weight, conv_bias, stride, padding, dilation, groups, torch.channels_last
+            channels_last(input), weight, bias, stride, padding, dilation, groups, torch.channels_last
         )
         mask = input.new_empty(0, dtype=torch.uint8)
-        if in_pass:
-            mask = torch.ops.tinytl_cpu.bias_activation_(output, bias, activation, LEAKY_SLOPE, needs_mask)
+        if activation is not None:
+            mask = torch.ops.tinytl_cpu.bias_activation_(output, None, activation, LEAKY_SLOPE, needs_mask)
     return in_layout(output, layout), mask
 
 

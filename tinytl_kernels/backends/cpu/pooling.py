@@ -1,4 +1,4 @@
-"""Average and max pooling: ``pooling.cpp``. Adaptive pooling is ATen's, as in the reference."""
+"""Average and max pooling: ``max_pool.cpp``, ``avg_pool.cpp``. Adaptive pooling is ATen's, as in the reference."""
 
 from __future__ import annotations
 

@@ -1,0 +1,241 @@
+"""Building the kernels never leaves the package unusable: failures, interruptions, races, no compiler, no folder.
+
+Most tests build a stand-in of one line instead of the kernels, with a compiler that keeps a diary.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tinytl_kernels.backends.cpu import build
+
+ROOT = Path(__file__).parents[3]
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+COMPILER = """\
+#!/bin/sh
+[ "$1" = --version ] && {{ echo stand-in; exit; }}
+echo "$$" >> {diary}
+[ -e {broken} ] && {{ echo broken; exit 1; }}
+[ -e {slow} ] && sleep 4
+exec c++ "$@"
+"""
+
+
+class Workshop:
+    """A source folder, a cache and a compiler of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache, self.diary = folder / "cache", folder / "diary"
+        self.broken, self.slow = folder / "broken", folder / "slow"
+        self.source = folder / "bindings.cpp"
+        self.source.write_text('extern "C" int tinytl_stand_in() { return 42; }\n')
+        self.compiler = folder / "compiler"
+        self.compiler.write_text(COMPILER.format(diary=self.diary, broken=self.broken, slow=self.slow))
+        self.compiler.chmod(0o755)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CXX": str(self.compiler), build.CACHE_VARIABLE: str(self.cache)}
+
+    def compilations(self) -> int:
+        return len(self.diary.read_text().splitlines()) if self.diary.exists() else 0
+
+    def process(self) -> subprocess.Popen:
+        """Another Python process that builds the stand-in and prints what ``load_kernels`` returns."""
+        program = f"""
+            from pathlib import Path
+            from tinytl_kernels.backends.cpu import build
+            build.kernel_sources = lambda: [Path({str(self.source)!r})]
+            print(build.load_kernels())
+        """
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch) -> Workshop:
+    shop = Workshop(tmp_path)
+    for name, value in shop.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in (build.REBUILD_VARIABLE, build.CAPABILITY_VARIABLE, build.SANITIZE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build, "kernel_sources", lambda: [shop.source])
+    return shop
+
+
+def load() -> str | None:
+    return build.load_kernels.__wrapped__()  # not the cached answer of this process
+
+
+@needs_compiler
+def test_a_build_is_done_once_and_says_so(workshop, capsys):
+    assert load() is None
+    assert load() is None
+    assert workshop.compilations() == 2  # compile, link
+    error = capsys.readouterr().err.splitlines()
+    assert [line.split(" ...")[0] for line in error[:1]] == [
+        "tinytl_kernels: compiling the CPU kernels for this machine, once"
+    ]
+    assert len(error) == 2
+
+
+@needs_compiler
+def test_other_sources_are_another_build(workshop):
+    load()
+    workshop.source.write_text(workshop.source.read_text() + "// changed\n")
+    assert load() is None
+    assert workshop.compilations() == 4
+
+
+def test_a_failed_build_is_remembered_until_asked_again(workshop, capsys, monkeypatch):
+    workshop.broken.touch()
+    assert "the build failed, see " in load()
+    assert len(capsys.readouterr().err.splitlines()) == 2  # that it compiles, that it could not
+    assert "an earlier build failed" in load()
+    assert workshop.compilations() == 1
+    (failure,) = workshop.cache.glob("*/failed.txt")
+    assert "broken" in failure.read_text()
+    assert not list(workshop.cache.glob("*/build-*"))
+
+
+@needs_compiler
+def test_rebuild_tries_again(workshop, monkeypatch):
+    workshop.broken.touch()
+    load()
+    workshop.broken.unlink()
+    assert "TINYTL_REBUILD=1 tries again" in load()
+    monkeypatch.setenv(build.REBUILD_VARIABLE, "1")
+    assert load() is None
+    monkeypatch.delenv(build.REBUILD_VARIABLE)
+    assert load() is None
+
+
+@needs_compiler
+def test_a_killed_build_is_begun_anew(workshop):
+    workshop.slow.touch()
+    process = workshop.process()
+    deadline = time.monotonic() + 60
+    while not workshop.compilations() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(workshop.cache.glob("*/build-*"))  # it was in the middle
+    workshop.slow.unlink()
+    started = time.monotonic()
+    assert load() is None
+    # Not held up by the lock of the dead, nor by its compiler, which is still asleep.
+    assert time.monotonic() - started < 3.5
+    assert not list(workshop.cache.glob("*/build-*"))
+
+
+@needs_compiler
+def test_two_processes_at_once_build_once(workshop):
+    workshop.slow.touch()
+    processes = [workshop.process() for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [out.strip() for out, _ in outputs] == ["None", "None"], outputs
+    assert workshop.compilations() == 2
+    assert sum("waiting for another process" in error for _, error in outputs) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason(workshop, monkeypatch):
+    workshop.cache.write_text("a file where the folder should be")
+    assert f"set {build.CACHE_VARIABLE} to a writable one" in load()
+    assert workshop.compilations() == 0
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(workshop):
+    folder = build._cache_folder([workshop.source])
+    folder.mkdir(parents=True)
+    (folder / f"{build.LIBRARY}.so").write_bytes(b"not a library")
+    assert "could not be loaded" in load()
+
+
+def test_missing_sources_are_a_reason(workshop, monkeypatch):
+    monkeypatch.setattr(build, "kernel_sources", list)
+    assert load() == "the C++ sources are missing from this installation"
+
+
+@needs_compiler
+def test_a_prebuilt_library_needs_no_compiler(workshop, monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(build, "__file__", str(package / "build.py"))
+    target = package / build.prebuilt_name([workshop.source], build.cpu_capability())
+    build.build_library([workshop.source], target, tmp_path)
+    assert [path.name for path in package.iterdir()] == [target.name]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load() is None
+    workshop.source.write_text("// other sources: the library is not for them\n")
+    assert load() == "no C++ compiler found (install g++ or clang, or set CXX)"
+
+
+def test_capability_beyond_the_machine_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert build.cpu_capability() == "AVX2"
+    monkeypatch.setenv(build.CAPABILITY_VARIABLE, "AVX512")
+    with pytest.raises(ValueError, match="TINYTL_CPU_CAPABILITY: expected one of AVX2, DEFAULT on this machine"):
+        build.cpu_capability()
+
+
+FALLBACK = """
+import torch, tinytl_kernels as tk
+from tinytl_kernels import ops
+print(ops.activation(torch.tensor([-1.0, 7.0]), "relu6").tolist(), tk.available_backends()["cpu"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason", "lines"),
+    [
+        ({"CXX": "", "PATH": ""}, "no C++ compiler found", 0),
+        ({"CXX": "/bin/false"}, "the build failed, see ", 2),
+    ],
+)
+def test_without_kernels_the_reference_computes_and_the_reason_is_told(environment, reason, lines, tmp_path):
+    if list(Path(build.__file__).parent.glob("*.so")):
+        pytest.skip("this installation carries a prebuilt library")
+    environment = {**os.environ, "TINYTL_BACKEND": "", build.CACHE_VARIABLE: str(tmp_path), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("[0.0, 6.0] ")
+    assert reason in done.stdout
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_sources_are_valid_for_narrower_machines(capability):
+    """One file with all the templates, parsed only; `make capabilities` builds all and runs the tests on them."""
+    import torch
+
+    if capability not in build._capabilities():
+        pytest.skip(f"this machine has no {capability}")
+    (forward,) = (s for s in build.kernel_sources() if s.name == "inverted_residual_forward.cpp")
+    include = Path(torch.__file__).parent / "include"
+    flags = [*build.compile_flags(capability), "-fsyntax-only", "-isystem", str(include)]
+    done = subprocess.run(["c++", *flags, str(forward)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_installation_carries_the_sources(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "TINYTL_PREBUILD"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    installed = {path.name for path in (tmp_path / "tinytl_kernels" / "kernels" / "cpu").iterdir()}
+    assert installed == {path.name for path in build.kernel_sources()}
+    assert not list(tmp_path.rglob("*.so"))
