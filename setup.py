@@ -75,7 +75,6 @@ DEV = [
     *BENCH,
     *DEMO,
     "hypothesis>=6",
-    "ninja",
     "onnx",
     "onnxscript",
     "psutil>=5.9",

@@ -29,7 +29,6 @@ def env_report() -> str:
         ("cpu capability", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
         ("c++ compiler", shutil.which(os.environ.get("CXX", "c++")) or "none found"),
-        ("ninja", shutil.which("ninja") or "none found"),
         (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "not set")),
         *((f"backend {name}", state) for name, state in available_backends().items()),
     ]

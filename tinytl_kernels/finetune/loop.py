@@ -94,9 +94,12 @@ class Training:
         options: Files and output.
 
     Example:
-        >>> model = tk.convert(build_model("timm:mobilenetv2_100"), "bias", num_classes=10)
-        >>> recipe = Recipe.for_data("digits")
-        >>> Training(model, load_data("digits"), recipe, InputConfig()).run().accuracy
+        >>> import tinytl_kernels as tk
+        >>> from tinytl_kernels.finetune import Recipe, Training, load_data
+        >>> from tinytl_kernels.models import InputConfig, build_model
+        >>> model = tk.convert(build_model("timm:mobilenetv2_100"), "bias", num_classes=10)  # doctest: +SKIP
+        >>> data, recipe = load_data("digits"), Recipe.for_data("digits")  # doctest: +SKIP
+        >>> Training(model, data, recipe, InputConfig()).run().accuracy  # doctest: +SKIP
     """
 
     def __init__(
