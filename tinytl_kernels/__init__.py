@@ -1,4 +1,4 @@
-"""Memory-efficient transfer learning that is real: fine-tune for less than the price of inference.
+"""Memory-efficient transfer learning that is real: fine-tune in less memory than inference takes.
 
 Swap ``nn.Conv2d`` for :class:`FrozenConvBias`, or call :func:`convert` on a model, and train with your own loop.
 """
