@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import BIT_MASK, FULL_VALUE, check_activation, mask_size
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.library import (
@@ -86,7 +87,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
         raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight.shape)}")
     if not input.is_floating_point():
         raise ValueError(f"input: expected a floating point dtype, got {input.dtype}")
-    _check_companion("weight", weight, input)
+    check_companion("weight", weight, input)
     if groups < 1 or weight.size(0) % groups:
         raise ValueError(f"groups: expected a divisor of the {weight.size(0)} output channels, got {groups}")
     if input.size(1) != weight.size(1) * groups:
@@ -95,7 +96,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
             f"got {input.size(1)} in shape {tuple(input.shape)}"
         )
     if bias is not None:
-        _check_companion("bias", bias, input)
+        check_companion("bias", bias, input)
         if bias.dim() != 1 or bias.size(0) != weight.size(0):
             raise ValueError(f"bias: expected shape ({weight.size(0)},), got {tuple(bias.shape)}")
     for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
@@ -108,14 +109,6 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
             f"input: {tuple(input.shape[2:])} with padding {tuple(padding)} is smaller than the kernel "
             f"{tuple(weight.shape[2:])} with dilation {tuple(dilation)}"
         )
-
-
-def _check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(f"{name}: expected on {input.device} as the input, got {tensor.device}")
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
-        raise ValueError(f"{name}: expected dtype {input.dtype} as the input, got {tensor.dtype}")
 
 
 def _output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, int]:
@@ -228,7 +221,7 @@ def _fake_backward(
     need_input,
     need_bias,
 ):
-    accumulate = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(grad_output.dtype)
     grad_input = grad_output.new_empty(input_size if need_input else 0)
     if need_input:
         grad_input = grad_input.to(memory_format=format_of(channels_last))

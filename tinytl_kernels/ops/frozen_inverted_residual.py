@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import BIT_MASK, mask_size
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.avg_pool import check_image
@@ -127,14 +128,10 @@ def _check(
     for name, (bias, size) in biases.items():
         if bias is not None:
             expected[name] = (bias, (size,))
-    half = input.dtype in (torch.float16, torch.bfloat16)
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
-            raise ValueError(f"{name}: expected dtype {input.dtype} as the input, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected on {input.device} as the input, got {tensor.device}")
+        check_companion(name, tensor, input)
     if len(stride) != 2 or len(padding) != 4 or any(s < 1 for s in stride) or any(p < 0 for p in padding):
         raise ValueError(f"stride, padding: expected 2 and 4 numbers, got {tuple(stride)}, {tuple(padding)}")
     height, width = _output_size(input.shape, depthwise_weight.shape, stride, padding)
@@ -238,7 +235,7 @@ def _fake_backward(
     grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
     input_size, stride, padding, activation, residual, channels_last, needed,
 ):  # fmt: skip
-    accumulate = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(grad_output.dtype)
     grad_input = grad_output.new_empty(input_size if needed[0] else 0)
     if needed[0]:
         grad_input = grad_input.to(memory_format=format_of(channels_last))

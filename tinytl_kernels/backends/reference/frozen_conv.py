@@ -13,8 +13,9 @@ from tinytl_kernels.backends.reference.activation import (
     apply_activation_,
     apply_smooth_activation,
 )
-from tinytl_kernels.backends.reference.slabs import accumulation_dtype, image_chunks
+from tinytl_kernels.backends.reference.slabs import image_chunks
 from tinytl_kernels.core.activations import BIT_MASK
+from tinytl_kernels.core.dtypes import accumulation_dtype
 from tinytl_kernels.core.geometry import output_length, window_extent
 from tinytl_kernels.core.layout import format_of, memory_format
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tinytl_kernels.backends.reference.avg_pool import avg_pool2d_backward
 from tinytl_kernels.backends.reference.frozen_conv import frozen_conv, frozen_conv_backward
-from tinytl_kernels.backends.reference.slabs import accumulation_dtype, image_chunks
+from tinytl_kernels.backends.reference.slabs import image_chunks
 from tinytl_kernels.core.activations import mask_size
+from tinytl_kernels.core.dtypes import accumulation_dtype
 from tinytl_kernels.core.geometry import output_length
 from tinytl_kernels.core.layout import format_of, memory_format
 

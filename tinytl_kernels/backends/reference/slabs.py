@@ -66,8 +66,3 @@ def image_chunks(tensor: Tensor, device: torch.device | None = None) -> Iterator
     step = max(1, CHUNK_BYTES.get((device or tensor.device).type, CHUNK_BYTES_ELSEWHERE) // image_bytes)
     for start in range(0, images, step):
         yield slice(start, start + step)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums of ``dtype`` are accumulated in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
