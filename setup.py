@@ -70,7 +70,7 @@ DEMO = [
     "tensorboard>=2.14",
     "tqdm>=4.65",
 ]
-BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7", *MODELS]
+BENCH = ["pytest>=9", "pytest-benchmark>=4", "matplotlib>=3.7", *MODELS]
 DEV = [
     *BENCH,
     *DEMO,

@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tests.convert.models import SmallNet, with_statistics, zoo_model
+from tests.process_group import run_in_process_group
 from tinytl_kernels.convert import conversion_report, convert
 
 METHOD = "lite_residual+bias"
@@ -109,15 +109,7 @@ def test_a_zoo_model_with_dynamic_padding_compiles() -> None:
     torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_distributed_data_parallel_gives_the_same_gradients() -> None:
+def in_distributed_data_parallel() -> None:
     model = without_dropout(small())
     twin = copy.deepcopy(model)
     x = torch.randn(2, 3, 32, 32)
@@ -127,6 +119,10 @@ def test_distributed_data_parallel_gives_the_same_gradients() -> None:
     assert gradients(twin).keys() == gradients(model).keys() == set(conversion_report(wrapped).trained)
     for (name, ours), theirs in zip(gradients(twin).items(), gradients(model).values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_distributed_data_parallel_gives_the_same_gradients() -> None:
+    run_in_process_group(in_distributed_data_parallel)
 
 
 def test_train_and_eval_switch_dropout_and_branch_statistics() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tests.process_group import run_in_process_group
 from tinytl_kernels.memory import MemoryReport, measure_memory
 from tinytl_kernels.models import import_torchvision
 from tinytl_kernels.nn import FrozenConvBias
@@ -251,16 +252,16 @@ def test_compiled_model_measures_like_its_module() -> None:
     assert _figures(measure_memory(compiled, x)) == _figures(measure_memory(model, x))
 
 
-def test_ddp_model_measures_like_its_module(tmp_path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, x = small_network(), torch.randn(4, 3, 8, 8)
-        alone = measure_memory(model, x)
-        wrapped = measure_memory(nn.parallel.DistributedDataParallel(model), x)
-    finally:
-        torch.distributed.destroy_process_group()
+def measure_in_distributed_data_parallel() -> None:
+    model, x = small_network(), torch.randn(4, 3, 8, 8)
+    alone = measure_memory(model, x)
+    wrapped = measure_memory(nn.parallel.DistributedDataParallel(model), x)
     assert (wrapped.saved, wrapped.gradients, wrapped.optimizer) == (alone.saved, alone.gradients, alone.optimizer)
     assert wrapped.by_layer == alone.by_layer
+
+
+def test_ddp_model_measures_like_its_module() -> None:
+    run_in_process_group(measure_in_distributed_data_parallel)
 
 
 def test_autocast_around_the_call_is_kept() -> None:

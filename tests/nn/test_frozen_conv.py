@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import tinytl_kernels.nn as tnn
 from tests.checks import compare_with_torch, saved_bytes
+from tests.process_group import run_in_process_group
 from tinytl_kernels import FrozenConvBias
 from tinytl_kernels.errors import TinyTLError
 from tinytl_kernels.models.zoo import import_timm
@@ -349,20 +350,18 @@ def test_model_to_dtype(dtype):
     assert not layer.weight.requires_grad
 
 
-def test_distributed_data_parallel(tmp_path):
-    import torch.distributed as dist
+def in_distributed_data_parallel() -> None:
+    layer = FrozenConvBias(8, 12, 3, activation="relu")
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(layer, tnn.MaxPool2d(2)))
+    x = torch.randn(2, 8, 6, 6)
+    model(x).sum().backward()
+    ddp_grad, layer.bias.grad = layer.bias.grad, None
+    tnn.MaxPool2d(2)(layer(x)).sum().backward()
+    torch.testing.assert_close(ddp_grad, layer.bias.grad)
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        layer = FrozenConvBias(8, 12, 3, activation="relu")
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(layer, tnn.MaxPool2d(2)))
-        x = torch.randn(2, 8, 6, 6)
-        model(x).sum().backward()
-        ddp_grad, layer.bias.grad = layer.bias.grad, None
-        tnn.MaxPool2d(2)(layer(x)).sum().backward()
-        torch.testing.assert_close(ddp_grad, layer.bias.grad)
-    finally:
-        dist.destroy_process_group()
+
+def test_distributed_data_parallel():
+    run_in_process_group(in_distributed_data_parallel)
 
 
 def test_a_second_derivative_through_a_smooth_activation_is_refused():

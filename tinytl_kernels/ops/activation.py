@@ -35,7 +35,7 @@ def activation(input: Tensor, name: str, negative_slope: float = LEAKY_SLOPE) ->
         >>> ops.activation(torch.tensor([-1.0, 3.0, 9.0]), "relu6")
         tensor([0., 3., 6.])
     """
-    output, _ = torch.ops.tinytl.activation(input, name, negative_slope, gradient_needed(input))
+    output, _ = _activation(input, name, negative_slope, gradient_needed(input))
     return output
 
 
@@ -72,11 +72,11 @@ def _backward(ctx, grad_output, _grad_mask):
         # so, everything below would fall out of channels_last.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     (saved,) = ctx.saved_tensors
-    grad_input = torch.ops.tinytl.activation_backward(grad_output, saved, ctx.name, ctx.negative_slope)
+    grad_input = _activation_backward(grad_output, saved, ctx.name, ctx.negative_slope)
     return grad_input, None, None, None
 
 
-define_operator(
+_activation = define_operator(
     "activation(Tensor input, str name, float negative_slope, bool needs_mask) -> (Tensor output, Tensor mask)",
     check=_check,
     fake=_fake,
@@ -92,7 +92,7 @@ def _check_backward(grad_output, saved, name, negative_slope) -> None:
         raise ValueError(f"saved: expected shape {expected}, got {tuple(saved.shape)}")
 
 
-define_operator(
+_activation_backward = define_operator(
     # saved: the bit mask, or the input of a smooth activation.
     "activation_backward(Tensor grad_output, Tensor saved, str name, float negative_slope) -> Tensor",
     check=_check_backward,

@@ -41,7 +41,7 @@ def avg_pool2d(
     """
     kernel_size = pair(kernel_size, "kernel_size")
     stride = kernel_size if stride is None or stride == [] else pair(stride, "stride")
-    return torch.ops.tinytl.avg_pool2d(
+    return _avg_pool2d(
         input, kernel_size, stride, pair(padding, "padding"), ceil_mode, count_include_pad, divisor_override
     )
 
@@ -70,7 +70,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
         input.size(2 + i) if length is None else length
         for i, length in enumerate(output_size if isinstance(output_size, (tuple, list)) else (output_size,) * 2)
     ]
-    return torch.ops.tinytl.adaptive_avg_pool2d(input, size)
+    return _adaptive_avg_pool2d(input, size)
 
 
 def check_image(input: Tensor) -> None:
@@ -117,11 +117,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_output):
-    grad_input = torch.ops.tinytl.avg_pool2d_backward(grad_output, ctx.input_size, *ctx.window, ctx.channels_last)
+    grad_input = _avg_pool2d_backward(grad_output, ctx.input_size, *ctx.window, ctx.channels_last)
     return grad_input, *[None] * 6
 
 
-define_operator(
+_avg_pool2d = define_operator(
     "avg_pool2d(Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, bool ceil_mode,"
     " bool count_include_pad, int? divisor_override) -> Tensor",
     check=_check,
@@ -135,7 +135,7 @@ def _fake_backward(grad_output, input_size, *window_and_channels_last):
     return grad_output.new_empty(input_size).to(memory_format=format_of(window_and_channels_last[-1]))
 
 
-define_operator(
+_avg_pool2d_backward = define_operator(
     "avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, SymInt[] kernel_size, SymInt[] stride,"
     " SymInt[] padding, bool ceil_mode, bool count_include_pad, int? divisor_override, bool channels_last) -> Tensor",
     check=lambda *args: None,
@@ -161,10 +161,10 @@ def _setup_context_adaptive(ctx, inputs, output) -> None:
 
 
 def _backward_adaptive(ctx, grad_output):
-    return torch.ops.tinytl.adaptive_avg_pool2d_backward(grad_output, ctx.input_size, ctx.channels_last), None
+    return _adaptive_avg_pool2d_backward(grad_output, ctx.input_size, ctx.channels_last), None
 
 
-define_operator(
+_adaptive_avg_pool2d = define_operator(
     "adaptive_avg_pool2d(Tensor input, SymInt[] output_size) -> Tensor",
     check=_check_adaptive,
     fake=_fake_adaptive,
@@ -172,7 +172,7 @@ define_operator(
     backward=_backward_adaptive,
 )
 
-define_operator(
+_adaptive_avg_pool2d_backward = define_operator(
     "adaptive_avg_pool2d_backward(Tensor grad_output, SymInt[] input_size, bool channels_last) -> Tensor",
     check=lambda *args: None,
     fake=_fake_backward,

@@ -33,7 +33,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
     if not training:
         return input
-    output, _ = torch.ops.tinytl.dropout(input, p)
+    output, _ = _dropout(input, p)
     return output
 
 
@@ -57,10 +57,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_output, _grad_mask):
     (mask,) = ctx.saved_tensors
-    return torch.ops.tinytl.dropout_backward(grad_output, mask, ctx.p), None
+    return _dropout_backward(grad_output, mask, ctx.p), None
 
 
-define_operator(
+_dropout = define_operator(
     "dropout(Tensor input, float p) -> (Tensor output, Tensor mask)",
     check=_check,
     fake=_fake,
@@ -75,7 +75,7 @@ def _check_backward(grad_output, mask, p) -> None:
         raise ValueError(f"mask: expected shape {mask_size(grad_output.shape)}, got {tuple(mask.shape)}")
 
 
-define_operator(
+_dropout_backward = define_operator(
     "dropout_backward(Tensor grad_output, Tensor mask, float p) -> Tensor",
     check=_check_backward,
     fake=lambda grad_output, mask, p: torch.empty_like(grad_output),

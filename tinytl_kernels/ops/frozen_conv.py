@@ -65,7 +65,7 @@ def frozen_conv(
         >>> ops.frozen_conv(x, w, torch.zeros(16), stride=2, padding=1, activation="relu6").shape
         torch.Size([2, 16, 7, 7])
     """
-    output, _ = torch.ops.tinytl.frozen_conv(
+    output, _ = _frozen_conv(
         input,
         weight,
         bias,
@@ -156,7 +156,7 @@ def _backward(ctx, grad_output, _grad_saved):
         raise no_second_derivative("frozen_conv")
     weight, saved = ctx.saved_tensors
     need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_input, grad_bias = torch.ops.tinytl.frozen_conv_backward(
+    grad_input, grad_bias = _frozen_conv_backward(
         grad_output,
         weight,
         saved,
@@ -175,7 +175,7 @@ def _backward(ctx, grad_output, _grad_saved):
     )
 
 
-define_operator(
+_frozen_conv = define_operator(
     "frozen_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " SymInt groups, str? activation, bool needs_saved) -> (Tensor, Tensor)",
     check=_check,
@@ -228,7 +228,7 @@ def _fake_backward(
     return grad_input, grad_output.new_empty(weight.size(0) if need_bias else 0, dtype=accumulate)
 
 
-define_operator(
+_frozen_conv_backward = define_operator(
     # grad_bias is accumulated, and returned, in float32 (float64 for float64); what is not needed has no elements.
     "frozen_conv_backward(Tensor grad_output, Tensor weight, Tensor saved, SymInt[] input_size, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, bool channels_last, bool need_input,"

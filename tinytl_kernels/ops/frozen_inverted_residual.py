@@ -98,7 +98,7 @@ def _call(
     input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual, want_pooled,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    output, _, _, pooled = torch.ops.tinytl.frozen_inverted_residual(
+    output, _, _, pooled = _frozen_inverted_residual(
         input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
         pair(stride, "stride"), four_paddings(padding), activation, residual,
         gradient_needed(input, expand_bias, depthwise_bias, project_bias), want_pooled,
@@ -208,7 +208,7 @@ def _backward(ctx, grad_output, _grad_expand_mask, _grad_depthwise_mask, grad_po
         size = (n, project_weight.size(0), *_output_size(ctx.input_size, depthwise_weight.shape, stride, padding))
         grad_output = grad_pooled.new_zeros(size)
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 4, 6)]
-    grad_input, *grad_biases = torch.ops.tinytl.frozen_inverted_residual_backward(
+    grad_input, *grad_biases = _frozen_inverted_residual_backward(
         grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
         ctx.input_size, *ctx.geometry, needed,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def _backward(ctx, grad_output, _grad_expand_mask, _grad_depthwise_mask, grad_po
     return (grad_input if needed[0] else None, None, expand, None, depthwise, None, project, *[None] * 6)
 
 
-define_operator(
+_frozen_inverted_residual = define_operator(
     "frozen_inverted_residual(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight,"
     " Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, SymInt[] stride, SymInt[] padding,"
     " str? activation, bool residual, bool needs_masks, bool want_pooled)"
@@ -244,7 +244,7 @@ def _fake_backward(
     return (grad_input, *(grad_output.new_empty(size, dtype=accumulate) for size in sizes))
 
 
-define_operator(
+_frozen_inverted_residual_backward = define_operator(
     # needed: input, expand_bias, depthwise_bias, project_bias. Bias gradients are accumulated, and returned, in
     # float32 (float64 for float64); what is not needed has no elements.
     "frozen_inverted_residual_backward(Tensor grad_output, Tensor? grad_pooled, Tensor? expand_weight,"

@@ -46,7 +46,7 @@ def max_pool2d(
         torch.Size([1, 64, 56, 56])
     """
     kernel_size = pair(kernel_size, "kernel_size")
-    output, _ = torch.ops.tinytl.max_pool2d(
+    output, _ = _max_pool2d(
         input,
         kernel_size,
         kernel_size if stride is None or stride == [] else pair(stride, "stride"),
@@ -86,13 +86,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_output, _grad_positions):
     (positions,) = ctx.saved_tensors
-    grad_input = torch.ops.tinytl.max_pool2d_backward(
-        grad_output, positions, ctx.input_size, *ctx.window, ctx.channels_last
-    )
+    grad_input = _max_pool2d_backward(grad_output, positions, ctx.input_size, *ctx.window, ctx.channels_last)
     return grad_input, *[None] * 6
 
 
-define_operator(
+_max_pool2d = define_operator(
     "max_pool2d(Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " bool ceil_mode, bool needs_positions) -> (Tensor output, Tensor positions)",
     check=_check,
@@ -114,7 +112,7 @@ def _fake_backward(grad_output, positions, input_size, kernel_size, stride, padd
     return grad_output.new_empty(input_size).to(memory_format=format_of(channels_last))
 
 
-define_operator(
+_max_pool2d_backward = define_operator(
     "max_pool2d_backward(Tensor grad_output, Tensor positions, SymInt[] input_size, SymInt[] kernel_size,"
     " SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool channels_last) -> Tensor",
     check=_check_backward,

@@ -36,7 +36,7 @@ def pad2d(input: Tensor, padding: IntOrPair, mode: str) -> Tensor:
         >>> ops.pad2d(torch.arange(3.0).view(1, 1, 1, 3), (0, 0, 2, 1), "reflect").flatten()
         tensor([2., 1., 0., 1., 2., 1.])
     """
-    return torch.ops.tinytl.pad2d(input, four_paddings(padding), mode)
+    return _pad2d(input, four_paddings(padding), mode)
 
 
 def _check(input, padding, mode) -> None:
@@ -67,10 +67,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_output):
-    return torch.ops.tinytl.pad2d_backward(grad_output, ctx.padding, ctx.mode, ctx.channels_last), None, None
+    return _pad2d_backward(grad_output, ctx.padding, ctx.mode, ctx.channels_last), None, None
 
 
-define_operator(
+_pad2d = define_operator(
     "pad2d(Tensor input, SymInt[] padding, str mode) -> Tensor",
     check=_check,
     fake=_fake,
@@ -85,7 +85,7 @@ def _fake_backward(grad_output, padding, mode, channels_last):
     return grad_output.new_empty((n, c, h - top - bottom, w - left - right)).to(memory_format=format_of(channels_last))
 
 
-define_operator(
+_pad2d_backward = define_operator(
     "pad2d_backward(Tensor grad_output, SymInt[] padding, str mode, bool channels_last) -> Tensor",
     check=lambda *args: None,
     fake=_fake_backward,

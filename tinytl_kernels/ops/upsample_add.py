@@ -33,7 +33,7 @@ def upsample_add(main: Tensor, branch: Tensor) -> Tensor:
         >>> ops.upsample_add(torch.zeros(1, 8, 14, 14), torch.ones(1, 8, 7, 7)).mean()
         tensor(1.)
     """
-    return torch.ops.tinytl.upsample_add(main, branch)
+    return _upsample_add(main, branch)
 
 
 def _check(main, branch) -> None:
@@ -59,11 +59,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_output):
     grad_branch = None
     if ctx.needs_input_grad[1]:
-        grad_branch = torch.ops.tinytl.upsample_add_backward(grad_output, ctx.branch_size, ctx.channels_last)
+        grad_branch = _upsample_add_backward(grad_output, ctx.branch_size, ctx.channels_last)
     return grad_output if ctx.needs_input_grad[0] else None, grad_branch
 
 
-define_operator(
+_upsample_add = define_operator(
     "upsample_add(Tensor main, Tensor branch) -> Tensor",
     check=_check,
     fake=lambda main, branch: torch.empty_like(main, memory_format=memory_format(main)),
@@ -77,7 +77,7 @@ def _fake_backward(grad_output, branch_size, channels_last):
     return grad_branch.to(memory_format=format_of(channels_last))
 
 
-define_operator(
+_upsample_add_backward = define_operator(
     "upsample_add_backward(Tensor grad_output, SymInt[] branch_size, bool channels_last) -> Tensor",
     check=lambda *args: None,
     fake=_fake_backward,
