@@ -116,20 +116,21 @@ class FrozenInvertedResidual(nn.Module):
         return ops.frozen_inverted_residual_pooled(*self._arguments(input))
 
     def _arguments(self, input: Tensor) -> tuple:
-        for conv in (self.expand, self.depthwise, self.project):
+        expand, depthwise, project = self.expand, self.depthwise, self.project
+        for conv in (expand, depthwise, project):
             if conv is not None:
                 conv.refuse_trained_weight()
-        expand = (None, None) if self.expand is None else (self.expand.weight, self.expand.bias)
         return (
             input,
-            *expand,
-            self.depthwise.weight,
-            self.depthwise.bias,
-            self.project.weight,
-            self.project.bias,
-            self.depthwise.stride,
-            self.depthwise.four_paddings(input),
-            self.depthwise.activation,
+            None if expand is None else expand.weight,
+            None if expand is None else expand.bias,
+            depthwise.weight,
+            depthwise.bias,
+            project.weight,
+            project.bias,
+            depthwise.stride,
+            depthwise.four_paddings(input),
+            depthwise.activation,
             self.residual,
         )
 
