@@ -62,9 +62,19 @@ TINYTL_INLINE Vec load_channels(const T* source, int64_t count = kLanes) {
       std::memcpy(lanes, source, sizeof(T) * count);
       source = lanes;
     }
+#if defined(__aarch64__)
+    // Here ATen converts lane by lane.
+    const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(source));
+    if constexpr (std::is_same_v<T, c10::Half>) {
+      return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+    } else {
+      return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+    }
+#else
     Vec value;
     at::vec::load_to_float(source, value);
     return value;
+#endif
   }
 }
 

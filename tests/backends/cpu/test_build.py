@@ -183,13 +183,48 @@ def test_a_prebuilt_library_needs_no_compiler(workshop, monkeypatch, tmp_path):
     assert load() == "no C++ compiler found (install g++ or clang, or set CXX)"
 
 
-def test_capability_beyond_the_machine_is_refused(monkeypatch):
+def on_machine(monkeypatch, machine: str, capability: str, system: str = "Linux") -> None:
+    """Let the build see another machine, and what torch would find there."""
     monkeypatch.delenv(build.CAPABILITY_VARIABLE, raising=False)  # `make capabilities` sets it
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+
+
+def test_capability_beyond_the_machine_is_refused(monkeypatch):
+    on_machine(monkeypatch, "x86_64", "AVX2")
     assert build.cpu_capability() == "AVX2"
     monkeypatch.setenv(build.CAPABILITY_VARIABLE, "AVX512")
     with pytest.raises(ValueError, match="TINYTL_CPU_CAPABILITY: expected one of AVX2, DEFAULT on this machine"):
         build.cpu_capability()
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])  # as Linux and macOS call it
+@pytest.mark.parametrize("capability", ["DEFAULT", "SVE256"])
+def test_arm_machines_build_neon(machine, capability, monkeypatch):
+    on_machine(monkeypatch, machine, capability)
+    assert build.cpu_capability() == "NEON"
+    flags = build.compile_flags()
+    assert "-DCPU_CAPABILITY=DEFAULT" in flags  # ATen's name for NEON; SVE has other vectors
+    assert not any(flag.startswith("-march") for flag in flags)  # what a cross compiler or Apple's would refuse
+    monkeypatch.setenv(build.CAPABILITY_VARIABLE, "AVX2")
+    with pytest.raises(ValueError, match="TINYTL_CPU_CAPABILITY: expected one of NEON on this machine, got 'AVX2'"):
+        build.cpu_capability()
+
+
+def test_macos_runs_on_the_openmp_that_torch_has_loaded(monkeypatch, tmp_path):
+    on_machine(monkeypatch, "arm64", "DEFAULT", system="Darwin")
+    flags = build.compile_flags()
+    assert flags[flags.index("-fopenmp") - 1] == "-Xpreprocessor"  # Apple's clang refuses the bare flag
+    commands: list[list[str]] = []
+    monkeypatch.setattr(build, "_run", commands.append)
+    monkeypatch.setattr("shutil.move", lambda source, target: Path(target).touch())
+    (source := tmp_path / "bindings.cpp").touch()
+    build.build_library([source], tmp_path / "library.so", tmp_path)
+    compile_command, link_command = commands
+    assert "-lomp" not in link_command  # a second OpenMP would have threads of its own
+    assert "-Wl,-undefined,dynamic_lookup" in link_command
+    assert "-Wl,-undefined,dynamic_lookup" not in compile_command
 
 
 FALLBACK = """
@@ -218,18 +253,21 @@ def test_without_kernels_the_reference_computes_and_the_reason_is_told(environme
     assert len(done.stderr.splitlines()) == lines, done.stderr
 
 
-@needs_compiler
-@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
-def test_sources_are_valid_for_narrower_machines(capability):
-    """One file with all the templates, parsed only; `make capabilities` builds all and runs the tests on them."""
+@pytest.mark.parametrize(
+    ("capability", "compiler"), [("AVX2", "c++"), ("DEFAULT", "c++"), ("NEON", "aarch64-linux-gnu-g++")]
+)
+def test_sources_are_valid_for_other_machines(capability, compiler):
+    """One file with all the templates, parsed only; `make capabilities` and `make neon` build all and run the tests."""
     import torch
 
-    if capability not in build._capabilities():
+    if compiler == "c++" and capability not in build._capabilities():
         pytest.skip(f"this machine has no {capability}")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
     (forward,) = (s for s in build.kernel_sources() if s.name == "inverted_residual_forward.cpp")
     include = Path(torch.__file__).parent / "include"
     flags = [*build.compile_flags(capability), "-fsyntax-only", "-isystem", str(include)]
-    done = subprocess.run(["c++", *flags, str(forward)], capture_output=True, text=True, check=False)
+    done = subprocess.run([compiler, *flags, str(forward)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -30,18 +30,21 @@ import torch
 LIBRARY = "tinytl_cpu"
 CACHE_VARIABLE = "TINYTL_CACHE_DIR"
 REBUILD_VARIABLE = "TINYTL_REBUILD"
-# "AVX512", "AVX2", "DEFAULT": build for less than this machine has (tests and portable wheels do).
+# "AVX512", "AVX2", "DEFAULT": build for less than this machine has (tests and portable wheels do). On ARM only "NEON".
 CAPABILITY_VARIABLE = "TINYTL_CPU_CAPABILITY"
 # "1": build with AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`).
 SANITIZE_VARIABLE = "TINYTL_SANITIZE"
 
-_COMMON_FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fno-math-errno", "-Wno-psabi"]
+_COMMON_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi"]
 # What at::vec::Vectorized is told, and what the compiler may use beside it, widest first. Native: the bfloat16 dot
 # products.
 _CAPABILITY_FLAGS = {
     "AVX512": ["-march=native", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"],
     "AVX2": ["-march=haswell", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
     "DEFAULT": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+    # Every AArch64 processor has NEON, so ATen's default is NEON there. GCC moves loads ahead there before it allots
+    # registers, and 6 x 4 sums, a row of B and six broadcasts are more than 32: a sum would pass through memory.
+    "NEON": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", "-fno-schedule-insns"],
 }
 # -O1 wins over the -O3 before it: optimised further, instrumented code takes minutes to compile. The first error ends
 # the process, so that no test passes over it.
@@ -90,7 +93,7 @@ def kernel_sources() -> list[Path]:
 def compile_flags(capability: str | None = None) -> list[str]:
     """Flags for a capability of :func:`cpu_capability`; every build of the sources uses these, ahead of time or not."""
     sanitizers = _SANITIZER_FLAGS if os.environ.get(SANITIZE_VARIABLE) == "1" else []
-    return _COMMON_FLAGS + _CAPABILITY_FLAGS[capability or cpu_capability()] + sanitizers
+    return _COMMON_FLAGS + _openmp_flags() + _CAPABILITY_FLAGS[capability or cpu_capability()] + sanitizers
 
 
 def cpu_capability() -> str:
@@ -117,30 +120,58 @@ def build_library(sources: list[Path], target: Path, work: Path) -> None:
         OSError: a folder that cannot be written, or a full disk.
     """
     root = Path(torch.__file__).parent
-    # No -D_GLIBCXX_USE_CXX11_ABI: torch has had compilers' default since 2.7.
-    compiler = [*_compiler(), *compile_flags(), "-fPIC"]
-    # The longest first, so that no core waits for it at the end.
-    units = sorted((s for s in sources if s.suffix == ".cpp"), key=lambda s: s.stat().st_size, reverse=True)
-    objects = [str(work / f"{unit.stem}.o") for unit in units]
-
-    def compile_unit(unit: Path, output: str) -> None:
-        _run([*compiler, "-isystem", str(root / "include"), "-c", str(unit), "-o", output])
-
-    with ThreadPoolExecutor(_jobs()) as pool:
-        list(pool.map(compile_unit, units, objects))
+    flags = compile_flags()
+    objects = compile_objects(sources, work, flags, root / "include")
     linked = work / f"{LIBRARY}.so"
-    _run([*compiler, "-shared", *objects, f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(linked)])
+    _run([*_compiler(), *flags, "-shared", *map(str, objects), *_link_flags(root / "lib"), "-o", str(linked)])
     # Another file system would copy, and a reader could meet half a library; so beside the target first.
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.move(linked, beside)
     os.replace(beside, target)
 
 
+def compile_objects(sources: list[Path], folder: Path, flags: list[str], include: Path) -> list[Path]:
+    """Compile every ``.cpp`` of ``sources`` into ``folder`` against the torch headers in ``include``.
+
+    Raises:
+        RuntimeError: the compiler failed; its command and its messages.
+    """
+    # The longest first, so that no core waits for it at the end.
+    units = sorted((s for s in sources if s.suffix == ".cpp"), key=lambda s: s.stat().st_size, reverse=True)
+    objects = [folder / f"{unit.stem}.o" for unit in units]
+
+    def compile_unit(unit: Path, output: Path) -> None:
+        # No -D_GLIBCXX_USE_CXX11_ABI: torch has had compilers' default since 2.7.
+        _run([*_compiler(), *flags, "-fPIC", "-isystem", str(include), "-c", str(unit), "-o", str(output)])
+
+    with ThreadPoolExecutor(_jobs()) as pool:
+        list(pool.map(compile_unit, units, objects))
+    return objects
+
+
+def _openmp_flags() -> list[str]:
+    # Apple's clang has OpenMP but hides the flag; torch brings the header.
+    return ["-Xpreprocessor", "-fopenmp"] if platform.system() == "Darwin" else ["-fopenmp"]
+
+
+def _link_flags(folder: Path) -> list[str]:
+    """Against torch's libraries in ``folder``, which are loaded by the time that the kernels are."""
+    libraries = [f"-L{folder}", "-lc10", "-ltorch_cpu", "-ltorch"]
+    if platform.system() == "Darwin":
+        # OpenMP is looked up in what is loaded then: the one that torch runs on. To name a library here would bring a
+        # second one, with threads of its own.
+        return [*libraries, f"-Wl,-rpath,{folder}", "-Wl,-undefined,dynamic_lookup"]
+    return libraries
+
+
 def _capabilities() -> list[str]:
     """What this machine can run, widest first; from the wanted one on where ``TINYTL_CPU_CAPABILITY`` names one."""
-    known = list(_CAPABILITY_FLAGS)
-    found = torch.backends.cpu.get_cpu_capability()
-    here = known[known.index(found if found in known else "DEFAULT") :]
+    if platform.machine() in ("aarch64", "arm64"):
+        here = ["NEON"]  # also where torch found SVE: the vectors of those builds are not these
+    else:
+        known = [capability for capability in _CAPABILITY_FLAGS if capability != "NEON"]
+        found = torch.backends.cpu.get_cpu_capability()
+        here = known[known.index(found if found in known else "DEFAULT") :]
     wanted = os.environ.get(CAPABILITY_VARIABLE) or here[0]
     if wanted not in here:
         raise ValueError(f"{CAPABILITY_VARIABLE}: expected one of {', '.join(here)} on this machine, got {wanted!r}")
