@@ -1,5 +1,7 @@
-// See common.h.
+// See common.h and frozen_weight.h.
 #include "common.h"
+
+#include "frozen_weight.h"
 
 #include <ATen/Parallel.h>
 
@@ -42,6 +44,31 @@ Bands::Bands(int64_t images, int64_t rows, int64_t halo) : images(images), rows(
   }
 }
 
+FrozenWeight::FrozenWeight(const at::Tensor& weight, const OptionalTensor& scale, const char* name)
+    : values(weight.contiguous()),
+      out_channels(weight.size(0)),
+      inner(out_channels > 0 ? weight.numel() / out_channels : 0) {
+  const bool coded = weight.scalar_type() == at::kChar || weight.scalar_type() == at::kByte;
+  const bool scaled = scale.has_value() && scale->defined();
+  TORCH_CHECK(
+      coded == scaled,
+      name,
+      coded ? ": in 8 bits, expected with a scale or a codebook, got none" : ": floating point, expected without a scale");
+  if (coded) {
+    const int64_t length = weight.scalar_type() == at::kChar ? out_channels : kCodebookSize;
+    TORCH_CHECK(
+        scale->dim() == 1 && scale->size(0) == length && scale->scalar_type() == at::kFloat,
+        name,
+        ": expected a scale of ",
+        length,
+        " float32 numbers, got ",
+        scale->sizes(),
+        " of ",
+        scale->scalar_type());
+    this->scale = scale->contiguous();
+  }
+}
+
 at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name) {
   if (!bias.has_value() || !bias->defined()) {
     return {};
@@ -51,22 +78,6 @@ at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char*
   at::Tensor padded = at::zeros({padded_channels(channels)}, bias->options().dtype(at::kFloat));
   padded.narrow(0, 0, channels).copy_(*bias);
   return padded;
-}
-
-void pack_depthwise(const at::Tensor& weight, const Panels& panels, int64_t taps, float* packed) {
-  const at::Tensor source = weight.to(at::kFloat).contiguous();
-  const float* from = source.data_ptr<float>();
-  std::memset(packed, 0, sizeof(float) * panels.padded() * taps);
-  for (int64_t p = 0; p < panels.count; ++p) {
-    const int64_t width = panels.width(p);
-    const int64_t start = panels.start(p);
-    float* to = packed + start * taps;
-    for (int64_t c = start; c < std::min(start + width, panels.channels); ++c) {
-      for (int64_t t = 0; t < taps; ++t) {
-        to[t * width + c - start] = from[c * taps + t];
-      }
-    }
-  }
 }
 
 // Column sums of partial (tasks, length) from `start`, in order, in double precision.

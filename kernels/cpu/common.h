@@ -65,9 +65,6 @@ struct Bands {
 // float32 copy of a bias padded with zeros to whole groups; undefined for no bias.
 at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name);
 
-// Depthwise weights (C, 1, kh, kw) as [panel][tap][channel], float32.
-void pack_depthwise(const at::Tensor& weight, const Panels& panels, int64_t taps, float* packed);
-
 // Pixels of a tensor as a GEMM operand: in place when the storage type is the operand type, else converted into scratch
 // and padded to whole steps of the dot product. stride: elements from pixel to pixel.
 template <class Dot, class T>
@@ -88,27 +85,6 @@ Segment<typename Dot::Element> operand_rows(const T* rows, int64_t pixels, int64
     }
   }
   return {target, padded, depth};
-}
-
-// The caller's packed GEMM weights, checked, or freshly packed ones.
-template <class Dot, class Pack>
-at::Tensor checked_packed(const OptionalTensor& packed, int64_t depth, int64_t channels, const Pack& pack) {
-  if (!packed.has_value() || !packed->defined()) {
-    return pack();
-  }
-  const int64_t elements = packed_elements<Dot>(depth, channels);
-  constexpr auto dtype = c10::CppTypeToScalarType<typename Dot::Element>::value;
-  TORCH_CHECK(
-      packed->scalar_type() == dtype && packed->is_contiguous() && packed->numel() == elements,
-      "packed: expected ",
-      elements,
-      " elements of ",
-      dtype,
-      " from the pack function of this direction and dtype, got ",
-      packed->sizes(),
-      " of ",
-      packed->scalar_type());
-  return *packed;
 }
 
 // Column sums of partial (tasks, length) for `channels` columns from `start`, in order, in double precision. Empty when

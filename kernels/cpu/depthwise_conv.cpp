@@ -8,6 +8,7 @@
 #include "operators.h"
 
 #include "epilogues.h"
+#include "frozen_weight.h"
 
 #include <ATen/Parallel.h>
 
@@ -74,10 +75,18 @@ struct DepthwiseShape {
 };
 
 // Weights as [tap][channel], padded with zeros.
-at::Tensor pack_taps(const at::Tensor& weight, int64_t taps) {
-  const int64_t channels = weight.size(0);
-  at::Tensor packed = at::zeros({taps, padded_channels(channels)}, weight.options().dtype(at::kFloat));
-  packed.narrow(1, 0, channels).copy_(weight.reshape({channels, taps}).t());
+template <class T>
+at::Tensor pack_taps(const FrozenWeight& weight) {
+  const int64_t width = padded_channels(weight.out_channels);
+  at::Tensor packed = at::zeros({weight.inner, width}, weight.values.options().dtype(at::kFloat));
+  float* to = packed.data_ptr<float>();
+  with_values<T>(weight, [&](const auto& values) {
+    for (int64_t t = 0; t < weight.inner; ++t) {
+      for (int64_t c = 0; c < weight.out_channels; ++c) {
+        to[t * width + c] = static_cast<float>(values(c, t));
+      }
+    }
+  });
   return packed;
 }
 
@@ -156,6 +165,7 @@ struct PhaseToTensor {
 std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     const at::Tensor& x,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
     at::IntArrayRef stride,
     at::IntArrayRef padding,
@@ -163,15 +173,14 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     const std::string& activation,
     bool needs_mask) {
   const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation, activation);
+  const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out =
       at::empty({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask =
       empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
   uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
-  const at::Tensor taps = pack_taps(weight, s.window.taps());
   const at::Tensor padded = padded_bias(bias, s.channels, "bias");
-  const float* weights = taps.data_ptr<float>();
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
   const int64_t mask_stride = mask_bytes(s.channels);
   const int64_t width = padded_channels(s.channels);
@@ -180,6 +189,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
+    const at::Tensor packed = pack_taps<T>(frozen);
+    const float* weights = packed.data_ptr<float>();
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
     const auto task = [&](int64_t image, int64_t begin, int64_t end) {
@@ -233,6 +244,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const at::Tensor& grad_output,
     const at::Tensor& mask,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
     at::IntArrayRef stride,
     at::IntArrayRef padding,
@@ -241,6 +253,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     bool need_input,
     bool need_bias) {
   const DepthwiseShape s(input_size, weight, stride, padding, dilation, activation);
+  const FrozenWeight frozen(weight, weight_scale, "weight");
   check_size(
       grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
   if (!need_input) {
@@ -250,8 +263,6 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
       mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
-  const at::Tensor taps = pack_taps(weight, s.window.taps());
-  const float* weights = taps.data_ptr<float>();
   const int64_t mask_stride = mask_bytes(s.channels);
   const int64_t width = padded_channels(s.channels);
   const Window& w = s.window;
@@ -268,6 +279,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
+    const at::Tensor packed = pack_taps<T>(frozen);
+    const float* weights = packed.data_ptr<float>();
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
     // Output rows [own_begin, own_end) are this task's to sum; the others that it reads are its neighbours'.

@@ -258,39 +258,41 @@ constexpr int64_t packed_elements(int64_t depth, int64_t channels) {
   return packed_depth<Dot>(depth) * padded_channels(channels);
 }
 
-// Packs B[k, n] = weight[k * k_stride + n * n_stride] for k < depth (rounded up to padded_depth with zeros).
-template <class Dot, class T>
+// Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
+// runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is.
+template <class Dot, class Read>
 void pack_panels(
-    const T* weight,
+    const Read& read,
+    bool runs_along_k,
     int64_t depth,
     int64_t padded_depth,
-    int64_t channels,
-    int64_t k_stride,
-    int64_t n_stride,
+    const Panels& panels,
+    int64_t first,
+    int64_t last,
     typename Dot::Element* packed) {
   using Element = typename Dot::Element;
   constexpr int STEP = Dot::kStep;
-  const Panels panels(channels);
-  at::parallel_for(0, panels.count, ceil_div(16384, std::max<int64_t>(depth * kGroup, 1)), [&](int64_t begin, int64_t end) {
+  const int64_t origin = panels.start(first) * padded_depth;
+  const int64_t grain = ceil_div(16384, std::max<int64_t>(depth * kGroup, 1));
+  at::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t start = panels.start(p);
       const int64_t width = panels.width(p);
-      const int64_t valid = std::min(width, channels - start);
-      Element* target = packed + start * padded_depth;
+      const int64_t valid = std::min(width, panels.channels - start);
+      Element* target = packed + start * padded_depth - origin;
       if (valid < width || depth < padded_depth) {
         std::memset(static_cast<void*>(target), 0, sizeof(Element) * width * padded_depth);
       }
-      const T* source = weight + start * n_stride;
-      if (n_stride == 1) {
-        for (int64_t k = 0; k < depth; ++k) {
-          for (int64_t n = 0; n < valid; ++n) {
-            target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(source[k * k_stride + n]);
+      if (runs_along_k) {
+        for (int64_t n = 0; n < valid; ++n) {
+          for (int64_t k = 0; k < depth; ++k) {
+            target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(read(k, start + n));
           }
         }
       } else {
-        for (int64_t n = 0; n < valid; ++n) {
-          for (int64_t k = 0; k < depth; ++k) {
-            target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(source[k * k_stride + n * n_stride]);
+        for (int64_t k = 0; k < depth; ++k) {
+          for (int64_t n = 0; n < valid; ++n) {
+            target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(read(k, start + n));
           }
         }
       }

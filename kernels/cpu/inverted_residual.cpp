@@ -92,100 +92,53 @@ BlockShape block_shape(
   return s;
 }
 
-namespace {
-
-void check_weight_types(const OptionalTensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
-  TORCH_CHECK(
-      depthwise.scalar_type() == project.scalar_type() &&
-          (!expand.has_value() || !expand->defined() || expand->scalar_type() == project.scalar_type()),
-      "weights: expected one dtype, got ",
-      depthwise.scalar_type(),
-      " and ",
-      project.scalar_type());
-}
-
-// The channel counts alone; packing does not depend on the image.
-BlockShape weight_shape(const OptionalTensor& expand, const at::Tensor& depthwise, const at::Tensor& project) {
-  const bool has_expand = expand.has_value() && expand->defined();
-  const int64_t in_channels = has_expand ? expand->size(1) : depthwise.size(0);
-  const int64_t height = depthwise.size(2);
-  const int64_t width = depthwise.size(3);
-  return block_shape({1, in_channels, height, width}, expand, depthwise, project, 1, {0, 0, 0, 0}, "none", false);
-}
-
-} // namespace
-
-at::Tensor pack_inverted_residual_forward(
+BlockWeights::BlockWeights(
     const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
     const at::Tensor& depthwise_weight,
-    const at::Tensor& project_weight) {
-  check_weight_types(expand_weight, depthwise_weight, project_weight);
-  const BlockShape s = weight_shape(expand_weight, depthwise_weight, project_weight);
+    const OptionalTensor& depthwise_scale,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_scale)
+    : depthwise(depthwise_weight, depthwise_scale, "depthwise_weight"),
+      project(project_weight, project_scale, "project_weight") {
+  if (expand_weight.has_value() && expand_weight->defined()) {
+    expand.emplace(*expand_weight, expand_scale, "expand_weight");
+  }
+}
+
+at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype) {
   at::Tensor packed;
-  with_storage_type(project_weight.scalar_type(), "project_weight", [&](auto zero) {
-        using scalar_t = decltype(zero);
-        using Dot = typename DotFor<scalar_t>::type;
-        const auto layout = BlockPack<Dot>::forward(s);
-        packed = at::empty({layout.bytes()}, project_weight.options().dtype(at::kByte));
-        if (s.has_expand) {
-          const at::Tensor weight = expand_weight->contiguous();
-          pack_panels<Dot>(
-              weight.data_ptr<scalar_t>(),
-              s.in_channels,
-              packed_depth<Dot>(s.in_channels),
-              s.expanded,
-              1,
-              s.in_channels,
-              layout.into(packed));
-        }
-        pack_depthwise(depthwise_weight, Panels(s.expanded), s.taps(), layout.depthwise(packed));
-        const at::Tensor weight = project_weight.contiguous();
-        pack_panels<Dot>(
-            weight.data_ptr<scalar_t>(),
-            s.expanded,
-            padded_channels(s.expanded),
-            s.out_channels,
-            1,
-            s.expanded,
-            layout.out(packed));
-      });
+  with_storage_type(dtype, "input", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const auto layout = BlockPack<Dot>::forward(s);
+    packed = at::empty({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    const Panels panels(s.expanded), out_panels(s.out_channels);
+    if (weights.expand.has_value()) {
+      pack_forward<Dot, T>(
+          *weights.expand, packed_depth<Dot>(s.in_channels), panels, 0, panels.count, layout.into(packed));
+    }
+    pack_depthwise<T>(weights.depthwise, panels, layout.depthwise(packed));
+    pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed));
+  });
   return packed;
 }
 
-at::Tensor pack_inverted_residual_backward(
-    const OptionalTensor& expand_weight,
-    const at::Tensor& depthwise_weight,
-    const at::Tensor& project_weight) {
-  check_weight_types(expand_weight, depthwise_weight, project_weight);
-  const BlockShape s = weight_shape(expand_weight, depthwise_weight, project_weight);
+at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype) {
   at::Tensor packed;
-  with_storage_type(project_weight.scalar_type(), "project_weight", [&](auto zero) {
-        using scalar_t = decltype(zero);
-        using Dot = typename DotFor<scalar_t>::type;
-        const auto layout = BlockPack<Dot>::backward(s);
-        packed = at::empty({layout.bytes()}, project_weight.options().dtype(at::kByte));
-        const at::Tensor project = project_weight.contiguous();
-        pack_panels<Dot>(
-            project.data_ptr<scalar_t>(),
-            s.out_channels,
-            packed_depth<Dot>(s.out_channels),
-            s.expanded,
-            s.expanded,
-            1,
-            layout.into(packed));
-        pack_depthwise(depthwise_weight, Panels(s.expanded), s.taps(), layout.depthwise(packed));
-        if (s.has_expand) {
-          const at::Tensor expand = expand_weight->contiguous();
-          pack_panels<Dot>(
-              expand.data_ptr<scalar_t>(),
-              s.expanded,
-              padded_channels(s.expanded),
-              s.in_channels,
-              s.in_channels,
-              1,
-              layout.out(packed));
-        }
-      });
+  with_storage_type(dtype, "grad_output", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const auto layout = BlockPack<Dot>::backward(s);
+    packed = at::empty({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    const Panels panels(s.expanded), in_panels(s.in_channels);
+    pack_backward<Dot, T>(
+        weights.project, packed_depth<Dot>(s.out_channels), panels, 0, panels.count, layout.into(packed));
+    pack_depthwise<T>(weights.depthwise, panels, layout.depthwise(packed));
+    if (weights.expand.has_value()) {
+      pack_backward<Dot, T>(*weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
+    }
+  });
   return packed;
 }
 

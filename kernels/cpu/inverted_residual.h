@@ -12,12 +12,12 @@
 #include "bitmask.h"
 #include "common.h"
 #include "depthwise.h"
+#include "frozen_weight.h"
 #include "gemm.h"
 #include "scratch.h"
 
-
-#include <optional>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -128,69 +128,52 @@ inline const int64_t* ring_offsets(int64_t begin, int64_t end, int64_t width, co
   return offsets;
 }
 
-using PackFunction = at::Tensor (*)(const OptionalTensor&, const at::Tensor&, const at::Tensor&);
+// The three weights as they are stored.
+struct BlockWeights {
+  std::optional<FrozenWeight> expand;
+  FrozenWeight depthwise, project;
 
-// The caller's packed weights, checked, or weights packed now.
-template <class T>
-at::Tensor packed_or_pack(
-    const OptionalTensor& packed,
-    int64_t bytes,
-    const OptionalTensor& expand_weight,
-    const at::Tensor& depthwise_weight,
-    const at::Tensor& project_weight,
-    PackFunction pack) {
-  if (packed.has_value() && packed->defined()) {
-    TORCH_CHECK(
-        packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == bytes,
-        "packed: expected ",
-        bytes,
-        " bytes from the pack function of this direction and dtype, got ",
-        packed->sizes(),
-        " of ",
-        packed->scalar_type());
-    return *packed;
-  }
-  const auto dtype = c10::CppTypeToScalarType<T>::value;
-  OptionalTensor expand;
-  if (expand_weight.has_value() && expand_weight->defined()) {
-    expand = expand_weight->to(dtype);
-  }
-  return pack(expand, depthwise_weight.to(dtype), project_weight.to(dtype));
-}
+  BlockWeights(
+      const OptionalTensor& expand_weight,
+      const OptionalTensor& expand_scale,
+      const at::Tensor& depthwise_weight,
+      const OptionalTensor& depthwise_scale,
+      const at::Tensor& project_weight,
+      const OptionalTensor& project_scale);
+};
 
-at::Tensor pack_inverted_residual_forward(
-    const OptionalTensor& expand_weight,
-    const at::Tensor& depthwise_weight,
-    const at::Tensor& project_weight);
-
-at::Tensor pack_inverted_residual_backward(
-    const OptionalTensor& expand_weight,
-    const at::Tensor& depthwise_weight,
-    const at::Tensor& project_weight);
+// Packed weights of one direction for activations of `dtype`, laid out as BlockPack says.
+at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype);
+at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
     const at::Tensor& x,
     const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
     const OptionalTensor& expand_bias,
     const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
     const OptionalTensor& depthwise_bias,
     const at::Tensor& project_weight,
+    const OptionalTensor& project_scale,
     const OptionalTensor& project_bias,
     int64_t stride,
     at::IntArrayRef padding,
     const std::string& activation,
     bool residual,
     bool needs_mask,
-    bool want_pooled,
-    const OptionalTensor& packed);
+    bool want_pooled);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_backward(
     const at::Tensor& grad_output,
     const at::Tensor& mask_expand,
     const at::Tensor& mask_depthwise,
     const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
     const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
     const at::Tensor& project_weight,
+    const OptionalTensor& project_scale,
     at::IntArrayRef input_size,
     int64_t stride,
     at::IntArrayRef padding,
@@ -200,7 +183,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     bool need_expand_bias,
     bool need_depthwise_bias,
     bool need_project_bias,
-    const OptionalTensor& grad_pooled,
-    const OptionalTensor& packed);
+    const OptionalTensor& grad_pooled);
 
 } // namespace tinytl::cpu

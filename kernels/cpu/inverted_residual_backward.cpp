@@ -286,8 +286,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     const at::Tensor& mask_expand,
     const at::Tensor& mask_depthwise,
     const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
     const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
     const at::Tensor& project_weight,
+    const OptionalTensor& project_scale,
     at::IntArrayRef input_size,
     int64_t stride,
     at::IntArrayRef padding,
@@ -297,10 +300,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     bool need_expand_bias,
     bool need_depthwise_bias,
     bool need_project_bias,
-    const OptionalTensor& grad_pooled,
-    const OptionalTensor& packed) {
+    const OptionalTensor& grad_pooled) {
   const BlockShape s = block_shape(
       input_size, expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
+  const BlockWeights stored(
+      expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   check_size(
       grad_output, "grad_output", {s.batch, s.out_channels, s.out_height, s.out_width}, grad_output.scalar_type());
@@ -327,8 +331,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
-    const at::Tensor weights = packed_or_pack<T>(
-        packed, layout.bytes(), expand_weight, depthwise_weight, project_weight, pack_inverted_residual_backward);
+    const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type());
     const Backward<T> backward{
         s,
         panels,

@@ -238,20 +238,24 @@ struct Forward {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
     const at::Tensor& x,
     const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
     const OptionalTensor& expand_bias,
     const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
     const OptionalTensor& depthwise_bias,
     const at::Tensor& project_weight,
+    const OptionalTensor& project_scale,
     const OptionalTensor& project_bias,
     int64_t stride,
     at::IntArrayRef padding,
     const std::string& activation,
     bool residual,
     bool needs_mask,
-    bool want_pooled,
-    const OptionalTensor& packed) {
+    bool want_pooled) {
   const BlockShape s = block_shape(
       x.sizes(), expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
+  const BlockWeights stored(
+      expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
   const auto options = x.options();
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   const at::Tensor input = x.contiguous(nhwc);
@@ -271,8 +275,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::forward(s);
-    const at::Tensor weights = packed_or_pack<T>(
-        packed, layout.bytes(), expand_weight, depthwise_weight, project_weight, pack_inverted_residual_forward);
+    const at::Tensor weights = pack_block_forward(s, stored, x.scalar_type());
     const Forward<T> forward{
         s,
         Panels(s.expanded),

@@ -1,5 +1,6 @@
 // The single operators. All tensors are (N, C, H, W); anything not channels_last is copied to it first, and results
-// are channels_last. Storage: float32, bfloat16, float16; arithmetic, biases and bias gradients: float32. A result that
+// are channels_last. A weight is in the storage type of the input, in float32, or in 8 bits with its weight_scale
+// (frozen_weight.h). Storage: float32, bfloat16, float16; arithmetic, biases and bias gradients: float32. A result that
 // was not asked for is an empty tensor. Formulas, traffic and saved state: at the head of each file.
 #pragma once
 
@@ -24,32 +25,52 @@ std::tuple<at::Tensor, at::Tensor> activation_backward( // (grad_input, grad_bia
     bool need_input,
     bool need_bias);
 
+// group_norm.cpp: any activation.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward( // (out, mean, rstd)
+    const at::Tensor& x,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    int64_t num_groups,
+    double eps,
+    const std::string& activation);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward( // (grad_input, grad_weight, grad_bias)
+    const at::Tensor& grad_output,
+    const at::Tensor& x,
+    const at::Tensor& mean,
+    const at::Tensor& rstd,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    int64_t num_groups,
+    const std::string& activation,
+    bool need_input,
+    bool need_weight,
+    bool need_bias);
+
 // pointwise.cpp: activation in {none, relu, relu6}.
-at::Tensor pack_pointwise_forward(const at::Tensor& weight);
-at::Tensor pack_pointwise_backward(const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, mask)
     const at::Tensor& x,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
     at::IntArrayRef stride,
     const std::string& activation,
-    bool needs_mask,
-    const OptionalTensor& packed);
+    bool needs_mask);
 std::tuple<at::Tensor, at::Tensor> pointwise_backward( // (grad_input, grad_bias)
     const at::Tensor& grad_output,
     const at::Tensor& mask,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
     at::IntArrayRef stride,
     const std::string& activation,
     bool need_input,
-    bool need_bias,
-    const OptionalTensor& packed);
+    bool need_bias);
 
 // depthwise_conv.cpp: activation in {none, relu, relu6}; padding (top, bottom, left, right).
 std::tuple<at::Tensor, at::Tensor> depthwise_forward( // (out, mask)
     const at::Tensor& x,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
     at::IntArrayRef stride,
     at::IntArrayRef padding,
@@ -60,10 +81,38 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward( // (grad_input, grad_bias
     const at::Tensor& grad_output,
     const at::Tensor& mask,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias);
+
+// dense_conv.cpp: activation in {none, relu, relu6}; padding (top, bottom, left, right); forward in groups: a multiple of
+// 8 output channels each.
+std::tuple<at::Tensor, at::Tensor> dense_forward( // (out, mask)
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    const std::string& activation,
+    bool needs_mask);
+std::tuple<at::Tensor, at::Tensor> dense_backward( // (grad_input, grad_bias)
+    const at::Tensor& grad_output,
+    const at::Tensor& mask,
+    const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
     const std::string& activation,
     bool need_input,
     bool need_bias);

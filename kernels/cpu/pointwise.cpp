@@ -5,9 +5,13 @@
 //
 // A task takes runs of pixels small enough to stay in cache. Forward reads x and writes y and the mask once. Backward
 // reads dy once: a run's g goes into scratch, where it is summed and is the GEMM's operand; no full g exists.
+//
+// A weight in 8 bits is unpacked a few panels at a time, into at most kUnpackedBytes (or one panel), and the tensors are
+// walked once for each: only a weight larger than that, which belongs to small images, is walked more than once.
 #include "operators.h"
 
 #include "epilogues.h"
+#include "frozen_weight.h"
 
 #include <ATen/Parallel.h>
 
@@ -16,6 +20,9 @@ namespace {
 
 // A run is this many bytes of operand at most.
 constexpr int64_t kRunBytes = 128 * 1024;
+
+// Floating point values that a weight in 8 bits is unpacked into at a time.
+constexpr int64_t kUnpackedBytes = 1024 * 1024;
 
 struct PointwiseShape {
   int64_t batch, in_channels, height, width;
@@ -96,6 +103,23 @@ void place_segments(std::vector<Segment<Element>>& segments, const Segment<Eleme
   }
 }
 
+// Calls body(first panel, end panel, packed weights from the first panel on) until all panels are done: all at once for a
+// floating point weight, about kUnpackedBytes at a time for one in 8 bits.
+template <class Dot, class Pack, class Body>
+void for_unpacked(const FrozenWeight& weight, const Panels& panels, int64_t depth, const Pack& pack, const Body& body) {
+  using Element = typename Dot::Element;
+  const int64_t panel_bytes = depth * kPanelGroups * kGroup * static_cast<int64_t>(sizeof(Element));
+  const int64_t step = weight.quantized() ? std::max<int64_t>(kUnpackedBytes / panel_bytes, 1) : panels.count;
+  const int64_t elements = std::min(step * kPanelGroups * kGroup, panels.padded()) * depth;
+  const at::Tensor packed =
+      at::empty({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
+  for (int64_t first = 0; first < panels.count; first += step) {
+    const int64_t last = std::min(first + step, panels.count);
+    pack(first, last, packed.data_ptr<Element>());
+    body(first, last, packed.data_ptr<Element>());
+  }
+}
+
 // Calls body(task, first pixel, end pixel) for every run; a task owns neighbouring runs.
 template <class Body>
 void for_runs(int64_t pixels, int64_t run, int64_t tasks, const Body& body) {
@@ -111,43 +135,16 @@ void for_runs(int64_t pixels, int64_t run, int64_t tasks, const Body& body) {
 
 } // namespace
 
-at::Tensor pack_pointwise_forward(const at::Tensor& weight) {
-  at::Tensor packed;
-  const at::Tensor source = weight.contiguous();
-  with_storage_type(weight.scalar_type(), "weight", [&](auto zero) {
-    using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    const int64_t out = weight.size(0), in = weight.size(1);
-    packed = at::empty({packed_elements<Dot>(in, out)}, weight.options().dtype(c10::CppTypeToScalarType<typename Dot::Element>::value));
-    pack_panels<Dot>(
-        source.data_ptr<T>(), in, packed_depth<Dot>(in), out, 1, in, packed.data_ptr<typename Dot::Element>());
-  });
-  return packed;
-}
-
-at::Tensor pack_pointwise_backward(const at::Tensor& weight) {
-  at::Tensor packed;
-  const at::Tensor source = weight.contiguous();
-  with_storage_type(weight.scalar_type(), "weight", [&](auto zero) {
-    using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    const int64_t out = weight.size(0), in = weight.size(1);
-    packed = at::empty({packed_elements<Dot>(out, in)}, weight.options().dtype(c10::CppTypeToScalarType<typename Dot::Element>::value));
-    pack_panels<Dot>(
-        source.data_ptr<T>(), out, packed_depth<Dot>(out), in, in, 1, packed.data_ptr<typename Dot::Element>());
-  });
-  return packed;
-}
-
 std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     const at::Tensor& x,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
     at::IntArrayRef stride,
     const std::string& activation,
-    bool needs_mask,
-    const OptionalTensor& packed) {
+    bool needs_mask) {
   const PointwiseShape s(x.sizes(), weight, stride, activation);
+  const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out = at::empty(
       {s.batch, s.out_channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
@@ -164,33 +161,35 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.in_channels);
-    const at::Tensor weights = checked_packed<Dot>(packed, s.in_channels, s.out_channels, [&] {
-      return pack_pointwise_forward(weight.to(x.scalar_type()));
-    });
-    const Element* b = weights.data_ptr<Element>();
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
-    for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), at::get_num_threads(), [&](int64_t, int64_t begin, int64_t end) {
-      const int64_t step = s.stride_width * s.in_channels; // operand pixels are `step` elements apart
-      const auto operand = operand_rows<Dot>(source + s.input_pixel(begin) * s.in_channels, end - begin, s.in_channels, step);
-      auto segments = cut_segments<Element>(depth);
-      place_segments(segments, operand);
-      for (int64_t q = 0; q < panels.count; ++q) {
-        const int64_t start = panels.start(q);
-        ActivateToTensor<T> epilogue{
-            target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
-        if (bits != nullptr) {
-          epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, s.out_channels - start};
+    const auto pack = [&](int64_t first, int64_t last, Element* packed) {
+      pack_forward<Dot, T>(frozen, depth, panels, first, last, packed);
+    };
+    for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
+      for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), at::get_num_threads(), [&](int64_t, int64_t begin, int64_t end) {
+        const int64_t step = s.stride_width * s.in_channels; // operand pixels are `step` elements apart
+        const auto operand =
+            operand_rows<Dot>(source + s.input_pixel(begin) * s.in_channels, end - begin, s.in_channels, step);
+        auto segments = cut_segments<Element>(depth);
+        place_segments(segments, operand);
+        for (int64_t q = first; q < last; ++q) {
+          const int64_t start = panels.start(q);
+          ActivateToTensor<T> epilogue{
+              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
+          if (bits != nullptr) {
+            epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, s.out_channels - start};
+          }
+          gemm_panel<Dot>(
+              panels.groups(q),
+              end - begin,
+              segments.data(),
+              static_cast<int64_t>(segments.size()),
+              b + (start - panels.start(first)) * depth,
+              init != nullptr ? init + start : nullptr,
+              epilogue);
         }
-        gemm_panel<Dot>(
-            panels.groups(q),
-            end - begin,
-            segments.data(),
-            static_cast<int64_t>(segments.size()),
-            b + start * depth,
-            init != nullptr ? init + start : nullptr,
-            epilogue);
-      }
+      });
     });
   });
   return {out, mask};
@@ -200,13 +199,14 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     const at::Tensor& grad_output,
     const at::Tensor& mask,
     const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
     at::IntArrayRef stride,
     const std::string& activation,
     bool need_input,
-    bool need_bias,
-    const OptionalTensor& packed) {
+    bool need_bias) {
   const PointwiseShape s(input_size, weight, stride, activation);
+  const FrozenWeight frozen(weight, weight_scale, "weight");
   check_size(
       grad_output, "grad_output", {s.batch, s.out_channels, s.out_height, s.out_width}, grad_output.scalar_type());
   if (!need_input) {
@@ -232,57 +232,59 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.out_channels);
-    const at::Tensor weights = checked_packed<Dot>(packed, s.out_channels, s.in_channels, [&] {
-      return pack_pointwise_backward(weight.to(grad.scalar_type()));
-    });
-    const Element* b = weights.data_ptr<Element>();
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
-    for_runs(s.pixels(), s.run_pixels(padded, sizeof(Element)), tasks, [&](int64_t task, int64_t begin, int64_t end) {
-      // g of this run, channels padded to whole groups with zeros, and its sums.
-      Element* operand = scratch<Element>(kOperand, (end - begin) * padded);
-      float* sums = scratch<float>(kSums, padded);
-      std::memset(sums, 0, sizeof(float) * padded);
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        for (int64_t c = 0; c < s.out_channels; c += kGroup) {
-          Vec group[kGroupVecs];
-          for (int v = 0; v < kGroupVecs; ++v) {
-            const int64_t at = c + v * kLanes;
-            const int64_t count = std::clamp<int64_t>(s.out_channels - at, 0, kLanes);
-            group[v] = count > 0 ? load_channels(source + pixel * s.out_channels + at, count) : Vec(0.f);
-          }
-          if (bits != nullptr) {
-            select_group(group, bits + pixel * mask_stride + c / 8, s.out_channels - c);
-          }
-          for (int v = 0; v < kGroupVecs; ++v) {
-            const int64_t at = c + v * kLanes;
-            store_channels(operand + (pixel - begin) * padded + at, group[v]);
-            if (need_bias) {
-              (Vec::loadu(sums + at) + group[v]).store(sums + at);
+    const auto pack = [&](int64_t first, int64_t last, Element* packed) {
+      pack_backward<Dot, T>(frozen, depth, panels, first, last, packed);
+    };
+    for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
+      const bool summing = need_bias && first == 0;
+      for_runs(s.pixels(), s.run_pixels(padded, sizeof(Element)), tasks, [&](int64_t task, int64_t begin, int64_t end) {
+        // g of this run, channels padded to whole groups with zeros, and its sums.
+        Element* operand = scratch<Element>(kOperand, (end - begin) * padded);
+        float* sums = scratch<float>(kSums, padded);
+        std::memset(sums, 0, sizeof(float) * padded);
+        for (int64_t pixel = begin; pixel < end; ++pixel) {
+          for (int64_t c = 0; c < s.out_channels; c += kGroup) {
+            Vec group[kGroupVecs];
+            for (int v = 0; v < kGroupVecs; ++v) {
+              const int64_t at = c + v * kLanes;
+              const int64_t count = std::clamp<int64_t>(s.out_channels - at, 0, kLanes);
+              group[v] = count > 0 ? load_channels(source + pixel * s.out_channels + at, count) : Vec(0.f);
+            }
+            if (bits != nullptr) {
+              select_group(group, bits + pixel * mask_stride + c / 8, s.out_channels - c);
+            }
+            for (int v = 0; v < kGroupVecs; ++v) {
+              const int64_t at = c + v * kLanes;
+              store_channels(operand + (pixel - begin) * padded + at, group[v]);
+              if (summing) {
+                (Vec::loadu(sums + at) + group[v]).store(sums + at);
+              }
             }
           }
         }
-      }
-      if (need_bias) {
-        flush_sums(sums, partials + task * padded, padded);
-      }
-      auto segments = cut_segments<Element>(depth);
-      place_segments(segments, Segment<Element>{operand, padded, depth});
-      for (int64_t q = 0; q < panels.count; ++q) {
-        const int64_t start = panels.start(q);
-        AddToTensor<T> epilogue{
-            target + s.input_pixel(begin) * s.in_channels + start,
-            s.stride_width * s.in_channels,
-            s.in_channels - start};
-        gemm_panel<Dot>(
-            panels.groups(q),
-            end - begin,
-            segments.data(),
-            static_cast<int64_t>(segments.size()),
-            b + start * depth,
-            nullptr,
-            epilogue);
-      }
+        if (summing) {
+          flush_sums(sums, partials + task * padded, padded);
+        }
+        auto segments = cut_segments<Element>(depth);
+        place_segments(segments, Segment<Element>{operand, padded, depth});
+        for (int64_t q = first; q < last; ++q) {
+          const int64_t start = panels.start(q);
+          AddToTensor<T> epilogue{
+              target + s.input_pixel(begin) * s.in_channels + start,
+              s.stride_width * s.in_channels,
+              s.in_channels - start};
+          gemm_panel<Dot>(
+              panels.groups(q),
+              end - begin,
+              segments.data(),
+              static_cast<int64_t>(segments.size()),
+              b + (start - panels.start(first)) * depth,
+              nullptr,
+              epilogue);
+        }
+      });
     });
   });
   return {grad_input, reduce_partial(partial, 0, s.out_channels, need_bias)};

@@ -15,7 +15,7 @@ namespace tinytl::cpu {
 // stream through.
 constexpr int64_t kScratchBudget = 384 * 1024;
 
-enum ScratchSlot : int { kRing, kRows, kOperand, kOffsets, kSums, kNumSlots };
+enum ScratchSlot : int { kRing, kRows, kOperand, kOffsets, kSums, kImages, kNumSlots };
 
 // At least `count` uninitialised elements, aligned to 64 bytes, until the same thread asks for the same slot again.
 template <class T>

@@ -2,8 +2,8 @@
 
     output = activation(conv2d(input, weight) + bias)                   TinyTL, section 3.1: dL/db needs no activation
 
-Kept for backward: the weight (by reference) and what the activation needs (a bit mask for the ReLU family). Never the
-input, never the output. There is no gradient for the weight.
+Kept for backward: the weight (by reference, and in 8 bits where it is) and what the activation needs (a bit mask for
+the ReLU family). Never the input, never the output. There is no gradient for the weight.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tinytl_kernels.core.activations import BIT_MASK, FULL_VALUE, check_activati
 from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
+from tinytl_kernels.core.quantization import check_weight
 from tinytl_kernels.ops.library import (
     autocast_to,
     define_autocast,
@@ -33,6 +34,8 @@ def frozen_conv(
     dilation: IntOrPair = 1,
     groups: int = 1,
     activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """2-D convolution with a frozen weight, a trainable bias and an activation.
 
@@ -42,7 +45,8 @@ def frozen_conv(
     Args:
         input: (N, C, H, W), floating point, any strides.
         weight: (O, C / groups, kH, kW), in the dtype of ``input``, or float32 beside a half-precision input (it is
-            rounded on the way in and stays float32 in memory). Must not require a gradient.
+            rounded on the way in and stays float32 in memory), or in 8 bits with ``weight_scale``. Must not require a
+            gradient.
         bias: (O,), in the dtype of ``input`` or float32; its gradient comes in its own dtype.
         stride, dilation: int or (height, width).
         padding: int, (height, width) or (top, bottom, left, right), zeros.
@@ -50,6 +54,9 @@ def frozen_conv(
         activation: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"`` (these keep one
             bit an output element), ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` (these keep the value
             before the activation).
+        weight_scale: of a weight in 8 bits, float32. (O,) for int8, which stands for ``weight * weight_scale`` by
+            output channel; (256,) for uint8, which are indices into this codebook. The gradients are exact for the
+            weight that the 8 bits stand for. It is as frozen as the weight.
 
     Returns:
         (N, O, H', W') in the dtype of ``input``; ``channels_last`` if ``input`` or ``weight`` is, else contiguous.
@@ -75,11 +82,12 @@ def frozen_conv(
         groups,
         activation,
         gradient_needed(input, bias),
+        weight_scale,
     )
     return output
 
 
-def _check(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved) -> None:
+def _check(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None) -> None:
     check_activation(activation)
     if input.dim() != 4:
         raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(input.shape)}")
@@ -87,7 +95,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
         raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight.shape)}")
     if not input.is_floating_point():
         raise ValueError(f"input: expected a floating point dtype, got {input.dtype}")
-    check_companion("weight", weight, input)
+    check_weight("weight", weight, weight_scale, input)
     if groups < 1 or weight.size(0) % groups:
         raise ValueError(f"groups: expected a divisor of the {weight.size(0)} output channels, got {groups}")
     if input.size(1) != weight.size(1) * groups:
@@ -119,7 +127,7 @@ def _output_size(input_size, weight_size, stride, padding, dilation) -> tuple[in
     )
 
 
-def _fake(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved):
+def _fake(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None):
     size = (input.size(0), weight.size(0), *_output_size(input.shape, weight.shape, stride, padding, dilation))
     output = input.new_empty(size).to(memory_format=memory_format(input, weight))
     if activation is None or not needs_saved:
@@ -130,8 +138,8 @@ def _fake(input, weight, bias, stride, padding, dilation, groups, activation, ne
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, stride, padding, dilation, groups, activation, needs_saved = inputs
-    if weight.requires_grad:
+    input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale = inputs
+    if weight.requires_grad or (weight_scale is not None and weight_scale.requires_grad):
         raise RuntimeError(
             "weight: a frozen convolution computes no weight gradient, but its weight has requires_grad=True. "
             "Keep it frozen, or train it in the plain PyTorch model that tinytl_kernels.to_torch(model) gives."
@@ -141,7 +149,7 @@ def _setup_context(ctx, inputs, output) -> None:
     if activation is not None and not needs_saved:
         raise RuntimeError("needs_saved: a gradient can be asked for, so expected True, got False")
     # The weight is only read for the input gradient.
-    ctx.save_for_backward(weight, saved)
+    ctx.save_for_backward(weight, saved, weight_scale)
     ctx.input_size = input.shape
     ctx.geometry = (stride, padding, dilation, groups)
     ctx.activation = activation
@@ -154,7 +162,7 @@ def _backward(ctx, grad_output, _grad_saved):
         # create_graph=True. The value before a smooth activation is kept as a number without history, so its part of a
         # second derivative could only be lost in silence.
         raise no_second_derivative("frozen_conv")
-    weight, saved = ctx.saved_tensors
+    weight, saved, weight_scale = ctx.saved_tensors
     need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_input, grad_bias = _frozen_conv_backward(
         grad_output,
@@ -166,18 +174,19 @@ def _backward(ctx, grad_output, _grad_saved):
         ctx.channels_last,
         need_input,
         need_bias,
+        weight_scale,
     )
     return (
         grad_input if need_input else None,
         None,
         grad_bias.to(ctx.bias_dtype) if need_bias else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
 _frozen_conv = define_operator(
     "frozen_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
-    " SymInt groups, str? activation, bool needs_saved) -> (Tensor, Tensor)",
+    " SymInt groups, str? activation, bool needs_saved, Tensor? weight_scale=None) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     setup_context=_setup_context,
@@ -198,8 +207,10 @@ def _check_backward(
     channels_last,
     need_input,
     need_bias,
+    weight_scale=None,
 ) -> None:
     check_activation(activation)
+    check_weight("weight", weight, weight_scale, grad_output)
     size = (input_size[0], weight.size(0), *_output_size(input_size, weight.shape, stride, padding, dilation))
     if tuple(grad_output.shape) != size:
         raise ValueError(f"grad_output: expected shape {size}, got {tuple(grad_output.shape)}")
@@ -220,6 +231,7 @@ def _fake_backward(
     channels_last,
     need_input,
     need_bias,
+    weight_scale=None,
 ):
     accumulate = accumulation_dtype(grad_output.dtype)
     grad_input = grad_output.new_empty(input_size if need_input else 0)
@@ -232,7 +244,7 @@ _frozen_conv_backward = define_operator(
     # grad_bias is accumulated, and returned, in float32 (float64 for float64); what is not needed has no elements.
     "frozen_conv_backward(Tensor grad_output, Tensor weight, Tensor saved, SymInt[] input_size, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, bool channels_last, bool need_input,"
-    " bool need_bias) -> (Tensor grad_input, Tensor grad_bias)",
+    " bool need_bias, Tensor? weight_scale=None) -> (Tensor grad_input, Tensor grad_bias)",
     check=_check_backward,
     fake=_fake_backward,
 )

@@ -20,6 +20,7 @@ from tinytl_kernels.core.activations import BIT_MASK, mask_size
 from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
+from tinytl_kernels.core.quantization import check_weight
 from tinytl_kernels.ops.avg_pool import check_image
 from tinytl_kernels.ops.library import autocast_to, define_autocast, define_operator, gradient_needed
 
@@ -36,6 +37,10 @@ def frozen_inverted_residual(
     padding: IntOrPair = 1,
     activation: str | None = "relu6",
     residual: bool = False,
+    *,
+    expand_scale: Tensor | None = None,
+    depthwise_scale: Tensor | None = None,
+    project_scale: Tensor | None = None,
 ) -> Tensor:
     """Expand, filter depthwise, project; with frozen weights and trainable biases.
 
@@ -46,10 +51,13 @@ def frozen_inverted_residual(
         depthwise_weight: (M, 1, kH, kW).
         depthwise_bias: (M,) or None.
         project_weight: (O, M, 1, 1).
-        project_bias: (O,) or None. Weights and biases have the input's dtype, or float32 beside a half one.
+        project_bias: (O,) or None. Weights and biases have the input's dtype, or float32 beside a half one; weights may
+            also be in 8 bits.
         stride, padding: of the depthwise convolution; padding int, pair or (top, bottom, left, right).
         activation: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` or ``"hardsigmoid"``, after the first two.
         residual: add the input to the output (needs stride 1, O = C and a size that stays).
+        expand_scale, depthwise_scale, project_scale: of a weight in 8 bits, float32: (output channels,) for int8, the
+            codebook (256,) for uint8; see :func:`frozen_conv`.
 
     Returns:
         (N, O, H', W') in the dtype of ``input``; ``channels_last`` if ``input`` is.
@@ -67,7 +75,7 @@ def frozen_inverted_residual(
     """
     return _call(
         input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
-        stride, padding, activation, residual, False,
+        stride, padding, activation, residual, False, expand_scale, depthwise_scale, project_scale,
     )[0]  # fmt: skip
 
 
@@ -83,6 +91,10 @@ def frozen_inverted_residual_pooled(
     padding: IntOrPair = 1,
     activation: str | None = "relu6",
     residual: bool = False,
+    *,
+    expand_scale: Tensor | None = None,
+    depthwise_scale: Tensor | None = None,
+    project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`frozen_inverted_residual`; returns (output, the 2x2 average pooling of ``input``).
 
@@ -90,18 +102,19 @@ def frozen_inverted_residual_pooled(
     """
     return _call(
         input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
-        stride, padding, activation, residual, True,
+        stride, padding, activation, residual, True, expand_scale, depthwise_scale, project_scale,
     )  # fmt: skip
 
 
 def _call(
     input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
-    stride, padding, activation, residual, want_pooled,
+    stride, padding, activation, residual, want_pooled, expand_scale, depthwise_scale, project_scale,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     output, _, _, pooled = _frozen_inverted_residual(
         input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
         pair(stride, "stride"), four_paddings(padding), activation, residual,
         gradient_needed(input, expand_bias, depthwise_bias, project_bias), want_pooled,
+        expand_scale, depthwise_scale, project_scale,
     )  # fmt: skip
     return output, pooled
 
@@ -109,6 +122,7 @@ def _call(
 def _check(
     input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual, needs_masks, want_pooled,
+    expand_scale=None, depthwise_scale=None, project_scale=None,
 ) -> None:  # fmt: skip
     check_image(input)
     if activation is not None and activation not in BIT_MASK:
@@ -121,17 +135,22 @@ def _check(
         expected["expand_weight"] = (expand_weight, (hidden, channels, 1, 1))
     elif channels != hidden:
         raise ValueError(f"depthwise_weight: without expand_weight expected {channels} channels, got {hidden}")
-    elif expand_bias is not None:
-        raise ValueError("expand_bias: expected None as there is no expand_weight")
+    elif expand_bias is not None or expand_scale is not None:
+        name = "expand_bias" if expand_bias is not None else "expand_scale"
+        raise ValueError(f"{name}: expected None as there is no expand_weight")
     biases = {"expand_bias": (expand_bias, hidden), "depthwise_bias": (depthwise_bias, hidden)}
     biases["project_bias"] = (project_bias, project_weight.size(0))
     for name, (bias, size) in biases.items():
         if bias is not None:
             expected[name] = (bias, (size,))
+    scales = {"expand_weight": expand_scale, "depthwise_weight": depthwise_scale, "project_weight": project_scale}
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        check_companion(name, tensor, input)
+        if name in scales:
+            check_weight(name, tensor, scales[name], input)
+        else:
+            check_companion(name, tensor, input)
     if len(stride) != 2 or len(padding) != 4 or any(s < 1 for s in stride) or any(p < 0 for p in padding):
         raise ValueError(f"stride, padding: expected 2 and 4 numbers, got {tuple(stride)}, {tuple(padding)}")
     height, width = _output_size(input.shape, depthwise_weight.shape, stride, padding)
@@ -157,6 +176,7 @@ def _output_size(input_size, depthwise_size, stride, padding) -> tuple[int, int]
 def _fake(
     input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual, needs_masks, want_pooled,
+    expand_scale=None, depthwise_scale=None, project_scale=None,
 ):  # fmt: skip
     n, c, h, w = input.shape
     layout = memory_format(input)
@@ -178,11 +198,12 @@ def _fake(
 def _setup_context(ctx, inputs, output) -> None:
     (
         input, expand_weight, _expand_bias, depthwise_weight, _depthwise_bias, project_weight, _project_bias,
-        stride, padding, activation, residual, needs_masks, want_pooled,
+        stride, padding, activation, residual, needs_masks, want_pooled, *scales,
     ) = inputs  # fmt: skip
     _, expand_mask, depthwise_mask, pooled = output
-    for name, weight in (("expand", expand_weight), ("depthwise", depthwise_weight), ("project", project_weight)):
-        if weight is not None and weight.requires_grad:
+    weights = (expand_weight, depthwise_weight, project_weight)
+    for name, *frozen in zip(("expand", "depthwise", "project"), weights, scales, strict=True):
+        if any(tensor is not None and tensor.requires_grad for tensor in frozen):
             raise RuntimeError(
                 f"{name}_weight: a frozen block computes no weight gradient, but this has requires_grad=True. Keep it "
                 "frozen, or train it in the plain PyTorch model that tinytl_kernels.to_torch(model) gives."
@@ -194,14 +215,14 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.mark_non_differentiable(pooled)
     # The pooled image is often not used: no zeros are made for its gradient then.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask)
+    ctx.save_for_backward(*weights, expand_mask, depthwise_mask, *scales)
     ctx.input_size = input.shape
     ctx.geometry = (stride, padding, activation, residual, memory_format(input) is torch.channels_last)
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (inputs[2], inputs[4], inputs[6])]
 
 
 def _backward(ctx, grad_output, _grad_expand_mask, _grad_depthwise_mask, grad_pooled):
-    expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask = ctx.saved_tensors
+    expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask, *scales = ctx.saved_tensors
     if grad_output is None:
         n = ctx.input_size[0]
         stride, padding = ctx.geometry[:2]
@@ -210,19 +231,20 @@ def _backward(ctx, grad_output, _grad_expand_mask, _grad_depthwise_mask, grad_po
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 4, 6)]
     grad_input, *grad_biases = _frozen_inverted_residual_backward(
         grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
-        ctx.input_size, *ctx.geometry, needed,
+        ctx.input_size, *ctx.geometry, needed, *scales,
     )  # fmt: skip
     expand, depthwise, project = (
         grad.to(dtype) if need else None
         for grad, dtype, need in zip(grad_biases, ctx.bias_dtypes, needed[1:], strict=True)
     )
-    return (grad_input if needed[0] else None, None, expand, None, depthwise, None, project, *[None] * 6)
+    return (grad_input if needed[0] else None, None, expand, None, depthwise, None, project, *[None] * 9)
 
 
 _frozen_inverted_residual = define_operator(
     "frozen_inverted_residual(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight,"
     " Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, SymInt[] stride, SymInt[] padding,"
-    " str? activation, bool residual, bool needs_masks, bool want_pooled)"
+    " str? activation, bool residual, bool needs_masks, bool want_pooled, Tensor? expand_scale=None,"
+    " Tensor? depthwise_scale=None, Tensor? project_scale=None)"
     " -> (Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
     check=_check,
     fake=_fake,
@@ -234,6 +256,7 @@ _frozen_inverted_residual = define_operator(
 def _fake_backward(
     grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
     input_size, stride, padding, activation, residual, channels_last, needed,
+    expand_scale=None, depthwise_scale=None, project_scale=None,
 ):  # fmt: skip
     accumulate = accumulation_dtype(grad_output.dtype)
     grad_input = grad_output.new_empty(input_size if needed[0] else 0)
@@ -249,7 +272,8 @@ _frozen_inverted_residual_backward = define_operator(
     # float32 (float64 for float64); what is not needed has no elements.
     "frozen_inverted_residual_backward(Tensor grad_output, Tensor? grad_pooled, Tensor? expand_weight,"
     " Tensor depthwise_weight, Tensor project_weight, Tensor expand_mask, Tensor depthwise_mask, SymInt[] input_size,"
-    " SymInt[] stride, SymInt[] padding, str? activation, bool residual, bool channels_last, bool[] needed)"
+    " SymInt[] stride, SymInt[] padding, str? activation, bool residual, bool channels_last, bool[] needed,"
+    " Tensor? expand_scale=None, Tensor? depthwise_scale=None, Tensor? project_scale=None)"
     " -> (Tensor grad_input, Tensor grad_expand_bias, Tensor grad_depthwise_bias, Tensor grad_project_bias)",
     check=lambda *args: None,
     fake=_fake_backward,

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinytl_kernels.backends.cpu import activation, frozen_conv, frozen_inverted_residual, pooling, upsample_add
+from tinytl_kernels.backends.cpu import (
+    activation,
+    frozen_conv,
+    frozen_inverted_residual,
+    group_norm,
+    lite_branch,
+    pooling,
+    upsample_add,
+)
 from tinytl_kernels.backends.cpu.build import load_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,6 +22,8 @@ OPERATORS = {
     **activation.OPERATORS,
     **frozen_conv.OPERATORS,
     **frozen_inverted_residual.OPERATORS,
+    **group_norm.OPERATORS,
+    **lite_branch.OPERATORS,
     **pooling.OPERATORS,
     **upsample_add.OPERATORS,
 }

@@ -2,7 +2,8 @@
 
 A dense or grouped k x k convolution is oneDNN's through ATen; bias, activation and bit mask are one pass over its
 output (``activation.cpp``), and in backward the masked gradient and the bias gradient are one pass over a few images
-at a time, which oneDNN then takes to the input gradient.
+at a time, which oneDNN then takes to the input gradient. Weights in 8 bits are unpacked by the C++ kernels while they
+pack their operands, and a slice of channels at a time for oneDNN.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from tinytl_kernels.backends.cpu.layout import channels_last, in_layout
 from tinytl_kernels.backends.reference import frozen_conv as reference
 from tinytl_kernels.backends.reference.slabs import image_chunks
+from tinytl_kernels.backends.reference.weights import dequantize_if_small
 from tinytl_kernels.core.activations import FULL_VALUE, LEAKY_SLOPE
 from tinytl_kernels.core.layout import format_of, memory_format
 
@@ -22,29 +24,28 @@ _IN_KERNEL = {None: "none", "relu": "relu", "relu6": "relu6"}
 
 def frozen_conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
-    activation: str | None, needs_saved: bool,
+    activation: str | None, needs_saved: bool, weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if activation in FULL_VALUE:
         return reference.frozen_conv(
-            input, weight, bias, stride, padding, dilation, groups, activation, needs_saved
-        )  # fmt: skip
+            input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale
+        )
     layout = memory_format(input, weight)
     needs_mask = needs_saved and activation is not None
     kernel = _kernel(weight, groups, padding, activation)
-    weight = weight.to(input.dtype)
     if kernel == "pointwise":
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
-            channels_last(input), weight, bias, stride, _IN_KERNEL[activation], needs_mask
+            channels_last(input), weight, weight_scale, bias, stride, _IN_KERNEL[activation], needs_mask
         )
     elif kernel == "depthwise":
         output, mask = torch.ops.tinytl_cpu.depthwise_forward(
-            channels_last(input), weight, bias, stride, padding, dilation, _IN_KERNEL[activation], needs_mask
-        )
+            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, _IN_KERNEL[activation],
+            needs_mask,
+        )  # fmt: skip
     else:
         # The bias goes to oneDNN too: added after its output was rounded, it would turn signs, and mask bits, around.
-        bias = None if bias is None else bias.to(input.dtype)
         output = reference.convolve(
-            channels_last(input), weight, bias, stride, padding, dilation, groups, torch.channels_last
+            channels_last(input), weight, bias, stride, padding, dilation, groups, torch.channels_last, weight_scale
         )
         mask = input.new_empty(0, dtype=torch.uint8)
         if activation is not None:
@@ -55,50 +56,54 @@ def frozen_conv(
 def frozen_conv_backward(
     grad_output: Tensor, weight: Tensor, saved: Tensor, input_size, stride, padding, dilation, groups: int,
     activation: str | None, is_channels_last: bool, need_input: bool, need_bias: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if activation in FULL_VALUE:
         return reference.frozen_conv_backward(
             grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, is_channels_last,
-            need_input, need_bias,
+            need_input, need_bias, weight_scale,
         )  # fmt: skip
     kernel = _kernel(weight, groups, padding, activation)
-    weight = weight.to(grad_output.dtype)
     grad_output = channels_last(grad_output)
     if kernel == "pointwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.pointwise_backward(
-            grad_output, saved, weight, input_size, stride, _IN_KERNEL[activation], need_input, need_bias
+            grad_output, saved, weight, weight_scale, input_size, stride, _IN_KERNEL[activation], need_input, need_bias
         )
     elif kernel == "depthwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.depthwise_backward(
-            grad_output, saved, weight, input_size, stride, padding, dilation, _IN_KERNEL[activation],
+            grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, _IN_KERNEL[activation],
             need_input, need_bias,
         )  # fmt: skip
     else:
         grad_input, grad_bias = _dense_backward(
-            grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input, need_bias
-        )
+            grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input,
+            need_bias, weight_scale,
+        )  # fmt: skip
     return in_layout(grad_input, format_of(is_channels_last)) if need_input else grad_input, grad_bias
 
 
 def _dense_backward(
-    grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input, need_bias
-) -> tuple[Tensor, Tensor]:
+    grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input, need_bias,
+    weight_scale,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if activation is None:
         return reference.frozen_conv_backward(
-            grad_output, weight, saved, input_size, stride, padding, dilation, groups, None, True, need_input, need_bias
-        )
+            grad_output, weight, saved, input_size, stride, padding, dilation, groups, None, True, need_input,
+            need_bias, weight_scale,
+        )  # fmt: skip
     if not need_input:
         return torch.ops.tinytl_cpu.activation_backward(grad_output, saved, activation, LEAKY_SLOPE, False, need_bias)
     grad_input = torch.empty(input_size, dtype=grad_output.dtype, memory_format=torch.channels_last)
     grad_bias = torch.zeros(weight.size(0) if need_bias else 0)
+    weight, weight_scale = dequantize_if_small(weight, weight_scale, grad_output.dtype)
     for images in image_chunks(grad_output):
         grad, bias = torch.ops.tinytl_cpu.activation_backward(
             grad_output[images], saved[images], activation, LEAKY_SLOPE, True, need_bias
         )
         grad_bias += bias
         reference.transposed_convolution(
-            grad, weight, stride, padding, dilation, groups, out=grad_input[images]
-        )  # fmt: skip
+            grad, weight, stride, padding, dilation, groups, grad_input[images], weight_scale
+        )
     return grad_input, grad_bias
 
 

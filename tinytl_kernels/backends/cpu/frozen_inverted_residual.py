@@ -16,17 +16,19 @@ _ACTIVATIONS = {None: "none", "relu": "relu", "relu6": "relu6"}
 def frozen_inverted_residual(
     input: Tensor, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual: bool, needs_masks: bool, want_pooled: bool,
+    expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not _fused(stride, activation):
         return reference.frozen_inverted_residual(
             input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
             stride, padding, activation, residual, needs_masks, want_pooled,
+            expand_scale, depthwise_scale, project_scale,
         )  # fmt: skip
     layout = memory_format(input)
     output, expand_mask, depthwise_mask, pooled = torch.ops.tinytl_cpu.inverted_residual_forward(
         channels_last(input),
-        _as(input, expand_weight), expand_bias, _as(input, depthwise_weight), depthwise_bias,
-        _as(input, project_weight), project_bias,
+        expand_weight, expand_scale, expand_bias, depthwise_weight, depthwise_scale, depthwise_bias,
+        project_weight, project_scale, project_bias,
         stride[0], padding, _ACTIVATIONS[activation], residual, needs_masks, want_pooled,
     )  # fmt: skip
     if layout is not torch.channels_last:
@@ -39,18 +41,20 @@ def frozen_inverted_residual_backward(
     grad_output: Tensor, grad_pooled: Tensor | None, expand_weight, depthwise_weight, project_weight,
     expand_mask: Tensor, depthwise_mask: Tensor, input_size, stride, padding, activation, residual: bool,
     is_channels_last: bool, needed,
+    expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not _fused(stride, activation):
         return reference.frozen_inverted_residual_backward(
             grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
             input_size, stride, padding, activation, residual, is_channels_last, needed,
+            expand_scale, depthwise_scale, project_scale,
         )  # fmt: skip
     if grad_pooled is not None:
         grad_pooled = channels_last(grad_pooled)
     grad_input, *grad_biases = torch.ops.tinytl_cpu.inverted_residual_backward(
         channels_last(grad_output),
         expand_mask, depthwise_mask,
-        _as(grad_output, expand_weight), _as(grad_output, depthwise_weight), _as(grad_output, project_weight),
+        expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale,
         input_size, stride[0], padding, _ACTIVATIONS[activation], residual, *needed, grad_pooled,
     )  # fmt: skip
     if needed[0]:
@@ -60,10 +64,6 @@ def frozen_inverted_residual_backward(
 
 def _fused(stride, activation: str | None) -> bool:
     return activation in _ACTIVATIONS and stride[0] == stride[1]
-
-
-def _as(like: Tensor, weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.to(like.dtype)
 
 
 OPERATORS = {

@@ -1,4 +1,7 @@
-"""Frozen convolution in ATen. The input gradient of a convolution is a transposed convolution of grad_output."""
+"""Frozen convolution in ATen. The input gradient of a convolution is a transposed convolution of grad_output.
+
+A weight in 8 bits is dequantised for the call and dropped after it, a slice at a time where it is large (``weights``).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from tinytl_kernels.backends.reference.activation import (
     apply_smooth_activation,
 )
 from tinytl_kernels.backends.reference.slabs import image_chunks
+from tinytl_kernels.backends.reference.weights import dequantize_if_small, weight_slices
 from tinytl_kernels.core.activations import BIT_MASK
 from tinytl_kernels.core.dtypes import accumulation_dtype
 from tinytl_kernels.core.geometry import output_length, window_extent
@@ -30,11 +34,10 @@ def frozen_conv(
     groups: int,
     activation: str | None,
     needs_saved: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(input, weight)
-    weight = weight.to(input.dtype)
-    bias = bias if bias is None else bias.to(input.dtype)
-    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout)
+    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale)
     nothing = input.new_empty(0, dtype=torch.uint8)
     if activation is None:
         return output, nothing
@@ -44,7 +47,27 @@ def frozen_conv(
     return apply_activation_(output, activation), saved
 
 
-def convolve(input, weight, bias, stride, padding, dilation, groups, layout) -> Tensor:
+def convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale=None) -> Tensor:
+    """Convolution and bias, in ``layout``; weight and bias are rounded to the dtype of ``input``."""
+    bias = None if bias is None else bias.to(input.dtype)
+    weight, weight_scale = dequantize_if_small(weight, weight_scale, input.dtype)
+    if weight_scale is None:
+        return _convolve(input, weight, bias, stride, padding, dilation, groups, layout)
+    top, bottom, left, right = padding
+    height = output_length(input.size(2), weight.size(2), stride[0], top, bottom, dilation[0])
+    width = output_length(input.size(3), weight.size(3), stride[1], left, right, dilation[1])
+    output = torch.empty(
+        (input.size(0), weight.size(0), height, width), dtype=input.dtype, device=input.device, memory_format=layout
+    )
+    for part in weight_slices(weight, weight_scale, input.dtype, groups, by_input=False):
+        own_bias = None if bias is None else bias[part.outputs]
+        output[:, part.outputs] = _convolve(
+            input[:, part.inputs], part.weight, own_bias, stride, padding, dilation, part.groups, layout
+        )
+    return output
+
+
+def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) -> Tensor:
     top, bottom, left, right = padding
     even = top == bottom and left == right
     # oneDNN computes in a blocked layout and copies the result into NCHW: image by image, so that there are not two
@@ -86,6 +109,7 @@ def frozen_conv_backward(
     channels_last: bool,
     need_input: bool,
     need_bias: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = grad_output.dtype
     grad_input = torch.empty(
@@ -99,7 +123,8 @@ def frozen_conv_backward(
     grad_bias = torch.zeros(
         weight.size(0) if need_bias else 0, dtype=accumulation_dtype(dtype), device=grad_output.device
     )
-    weight = weight.to(dtype)
+    if need_input:
+        weight, weight_scale = dequantize_if_small(weight, weight_scale, dtype)
     # A few images at a time: the masked gradient is a temporary of a chunk, never a full copy of grad_output.
     for images in image_chunks(grad_output):
         grad = grad_output[images]
@@ -108,11 +133,20 @@ def frozen_conv_backward(
         if need_bias:
             grad_bias += grad.sum((0, 2, 3), dtype=grad_bias.dtype)
         if need_input:
-            transposed_convolution(grad, weight, stride, padding, dilation, groups, out=grad_input[images])
+            transposed_convolution(grad, weight, stride, padding, dilation, groups, grad_input[images], weight_scale)
     return grad_input, grad_bias
 
 
-def transposed_convolution(grad, weight, stride, padding, dilation, groups, out: Tensor) -> None:
+def transposed_convolution(
+    grad, weight, stride, padding, dilation, groups, out: Tensor, weight_scale: Tensor | None = None
+) -> None:
+    """The input gradient of a convolution, into ``out``; see :func:`convolve`."""
+    for part in weight_slices(weight, weight_scale, grad.dtype, groups, by_input=True):
+        own = grad if part.groups == groups else grad[:, part.outputs]
+        _transposed_convolution(own, part.weight, stride, padding, dilation, part.groups, out[:, part.inputs])
+
+
+def _transposed_convolution(grad, weight, stride, padding, dilation, groups, out: Tensor) -> None:
     top, bottom, left, right = padding
     # Pixels at the far edge that no window reached; ATen crops both sides alike, so crop by the smaller padding and
     # cut the rest off the result.

@@ -23,6 +23,7 @@ _ONE, _NO_PADDING = (1, 1), (0, 0, 0, 0)
 def frozen_inverted_residual(
     input: Tensor, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual: bool, needs_masks: bool, want_pooled: bool,
+    expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, _, h, w = input.shape
     layout = memory_format(input)
@@ -40,16 +41,19 @@ def frozen_inverted_residual(
         x = hidden_x = input[images]
         if expand_weight is not None:
             hidden_x, mask = frozen_conv(
-                x, expand_weight, expand_bias, _ONE, _NO_PADDING, _ONE, 1, activation, needs_masks
+                x, expand_weight, expand_bias, _ONE, _NO_PADDING, _ONE, 1, activation, needs_masks, expand_scale
             )
             if masks:
                 expand_mask[images] = mask
         hidden_x, mask = frozen_conv(
-            hidden_x, depthwise_weight, depthwise_bias, stride, padding, _ONE, hidden, activation, needs_masks
-        )
+            hidden_x, depthwise_weight, depthwise_bias, stride, padding, _ONE, hidden, activation, needs_masks,
+            depthwise_scale,
+        )  # fmt: skip
         if masks:
             depthwise_mask[images] = mask
-        y, _ = frozen_conv(hidden_x, project_weight, project_bias, _ONE, _NO_PADDING, _ONE, 1, None, False)
+        y, _ = frozen_conv(
+            hidden_x, project_weight, project_bias, _ONE, _NO_PADDING, _ONE, 1, None, False, project_scale
+        )
         output[images] = y.add_(x) if residual else y
     if not want_pooled:
         return output, expand_mask, depthwise_mask, input.new_empty(0)
@@ -68,6 +72,7 @@ def frozen_inverted_residual_backward(
     grad_output: Tensor, grad_pooled: Tensor | None, expand_weight, depthwise_weight, project_weight,
     expand_mask: Tensor, depthwise_mask: Tensor, input_size, stride, padding, activation, residual: bool,
     channels_last: bool, needed,
+    expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_input, need_expand, need_depthwise, need_project = needed
     n, channels, h, w = input_size
@@ -95,6 +100,7 @@ def frozen_inverted_residual_backward(
         grad, bias = frozen_conv_backward(
             grad_output[images], project_weight, depthwise_mask, (count, hidden, height, width),
             _ONE, _NO_PADDING, _ONE, 1, None, channels_last, below_project, need_project,
+            project_scale,
         )  # fmt: skip
         grad_project += bias
         if not below_project:
@@ -102,12 +108,14 @@ def frozen_inverted_residual_backward(
         grad, bias = frozen_conv_backward(
             grad, depthwise_weight, depthwise_mask[images], (count, hidden, h, w),
             stride, padding, _ONE, hidden, activation, channels_last, below_depthwise, need_depthwise,
+            depthwise_scale,
         )  # fmt: skip
         grad_depthwise += bias
         if expand_weight is not None and below_depthwise:
             grad, bias = frozen_conv_backward(
                 grad, expand_weight, expand_mask[images], (count, channels, h, w),
                 _ONE, _NO_PADDING, _ONE, 1, activation, channels_last, need_input, need_expand,
+                expand_scale,
             )  # fmt: skip
             grad_expand += bias
         if need_input:

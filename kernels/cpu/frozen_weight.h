@@ -1,0 +1,129 @@
+// A frozen weight as it is stored, and its values as the kernels read them while packing.
+//
+//     float32, bfloat16, float16                 w[o, i]
+//     int8 and a scale (O,) float32              code[o, i] * scale[o]        one scale an output channel
+//     uint8 and a codebook (256,) float32        codebook[code[o, i]]         k-means
+//
+// Packing reads it value by value: a weight in 8 bits is read in 8 bits, and what exists in floating point is the packed
+// operand that the arithmetic needs anyway, while it needs it.
+#pragma once
+
+#include "common.h"
+
+#include <type_traits>
+
+namespace tinytl::cpu {
+
+constexpr int64_t kCodebookSize = 256;
+
+struct FrozenWeight {
+  at::Tensor values; // (O, ...), contiguous
+  at::Tensor scale; // undefined: values are floating point
+  int64_t out_channels, inner; // inner: values an output channel
+
+  // Checks that the two belong together.
+  FrozenWeight(const at::Tensor& weight, const OptionalTensor& scale, const char* name);
+
+  bool quantized() const {
+    return scale.defined();
+  }
+};
+
+// Value i of output channel o, rounded to T, the storage type of the activations, as every backend does it.
+template <class T, class Stored>
+struct PlainValues {
+  const Stored* data;
+  int64_t inner;
+  T operator()(int64_t o, int64_t i) const {
+    return static_cast<T>(data[o * inner + i]);
+  }
+};
+
+template <class T>
+struct ScaledValues {
+  const int8_t* data;
+  int64_t inner;
+  const float* scale;
+  T operator()(int64_t o, int64_t i) const {
+    return static_cast<T>(static_cast<float>(data[o * inner + i]) * scale[o]);
+  }
+};
+
+template <class T>
+struct CodebookValues {
+  const uint8_t* data;
+  int64_t inner;
+  const float* codebook;
+  T operator()(int64_t o, int64_t i) const {
+    return static_cast<T>(codebook[data[o * inner + i]]);
+  }
+};
+
+// Calls body with the reader of this weight's values.
+template <class T, class Body>
+void with_values(const FrozenWeight& weight, Body&& body) {
+  switch (weight.values.scalar_type()) {
+    case at::kChar:
+      return body(ScaledValues<T>{weight.values.data_ptr<int8_t>(), weight.inner, weight.scale.data_ptr<float>()});
+    case at::kByte:
+      return body(CodebookValues<T>{weight.values.data_ptr<uint8_t>(), weight.inner, weight.scale.data_ptr<float>()});
+    case at::kFloat:
+      return body(PlainValues<T, float>{weight.values.data_ptr<float>(), weight.inner});
+    default:
+      if constexpr (!std::is_same_v<T, float>) {
+        return body(PlainValues<T, T>{weight.values.data_ptr<T>(), weight.inner});
+      }
+      TORCH_CHECK(false, "weight: expected float32, int8 or uint8, got ", weight.values.scalar_type());
+  }
+}
+
+// GEMM operands of a 1x1 convolution, (O, I): forward B[k, n] = w[n, k], backward B[k, n] = w[k, n]. Panels
+// [first, last) of the outputs (forward) or of the inputs (backward).
+template <class Dot, class T>
+void pack_forward(
+    const FrozenWeight& weight,
+    int64_t padded_depth,
+    const Panels& panels,
+    int64_t first,
+    int64_t last,
+    typename Dot::Element* packed) {
+  with_values<T>(weight, [&](const auto& values) {
+    const auto read = [&](int64_t k, int64_t n) { return values(n, k); };
+    pack_panels<Dot>(read, true, weight.inner, padded_depth, panels, first, last, packed);
+  });
+}
+
+template <class Dot, class T>
+void pack_backward(
+    const FrozenWeight& weight,
+    int64_t padded_depth,
+    const Panels& panels,
+    int64_t first,
+    int64_t last,
+    typename Dot::Element* packed) {
+  with_values<T>(weight, [&](const auto& values) {
+    const auto read = [&](int64_t k, int64_t n) { return values(k, n); };
+    pack_panels<Dot>(read, false, weight.out_channels, padded_depth, panels, first, last, packed);
+  });
+}
+
+// Depthwise taps (C, 1, kh, kw) as [panel][tap][channel], float32, padded with zeros.
+template <class T>
+void pack_depthwise(const FrozenWeight& weight, const Panels& panels, float* packed) {
+  const int64_t taps = weight.inner;
+  std::memset(packed, 0, sizeof(float) * panels.padded() * taps);
+  with_values<T>(weight, [&](const auto& values) {
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t width = panels.width(p);
+      const int64_t start = panels.start(p);
+      float* to = packed + start * taps;
+      for (int64_t c = start; c < std::min(start + width, panels.channels); ++c) {
+        for (int64_t t = 0; t < taps; ++t) {
+          to[t * width + c - start] = static_cast<float>(values(c, t));
+        }
+      }
+    }
+  });
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,339 @@
+// The lite residual's branch after its pooling (TinyTL, section 3.2), trained:
+//
+//     c = pooled *kxk W1      a = f(norm1(c))      e = a *1x1 W2      out = norm2(e)
+//
+// Kept for backward: pooled, the statistics of the norms, and c where it is wanted (else computed again); a and e, a
+// tenth of the arithmetic, always are. Everything between the user's tensors is position-major, (H, W, N, C): see
+// trained_conv.h.
+#include "lite_branch.h"
+
+#include "epilogues.h"
+#include "trained_conv.h"
+#include "trained_norm.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
+
+namespace tinytl::cpu {
+namespace {
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+TrainedNorm norm_of(
+    const TrainedConv& conv, const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps) {
+  return TrainedNorm(conv.out_channels, conv.batch, conv.out_height * conv.out_width, groups, eps, weight, bias);
+}
+
+// The 1x1 convolution `weight` (O, I, 1, 1) of images as large as the output of `conv`.
+TrainedConv pointwise_after(const TrainedConv& conv, const at::Tensor& weight) {
+  return TrainedConv({conv.batch, weight.size(1), conv.out_height, conv.out_width}, weight, 1, 1);
+}
+
+// Temporaries of one call, in one piece. A thread keeps a small piece for the next call: on fresh pages the second
+// block of MobileNetV2 takes twice as long.
+constexpr int64_t kKeptBytes = 8 << 20;
+
+class Workspace {
+ public:
+  explicit Workspace(int64_t elements, int64_t buffers) {
+    const int64_t total = elements + buffers * kGap;
+    if (total * static_cast<int64_t>(sizeof(float)) <= kKeptBytes) {
+      next_ = scratch<float>(kImages, total);
+    } else {
+      fresh_ = at::empty({total}, at::kFloat);
+      next_ = fresh_.data_ptr<float>();
+    }
+  }
+  // `count` floats, with room behind them for a tile's vectors that begin at the last one.
+  float* take(int64_t count) {
+    float* taken = next_;
+    next_ += count + kGap;
+    return taken;
+  }
+
+ private:
+  static constexpr int64_t kGap = kTileVecs * kLanes;
+  at::Tensor fresh_;
+  float* next_;
+};
+
+template <class T>
+at::Tensor first_conv(const TrainedConv& conv, const float* padded, const at::Tensor& weight, at::ScalarType dtype) {
+  at::Tensor result = at::empty({conv.out_height, conv.out_width, conv.batch, conv.out_channels}, dtype);
+  trained_conv_forward(conv, padded, weight, result.data_ptr<T>());
+  return result;
+}
+
+void use_running(TrainedNorm& norm, const OptionalTensor& mean, const OptionalTensor& var) {
+  norm.of_batch = false;
+  norm.use(at::stack({mean->to(at::kFloat), var->to(at::kFloat)}));
+}
+
+// a = f(norm(c))
+template <class T>
+void activated(const TrainedNorm& norm, Activation activation, const T* c, float* a) {
+  with_activation(activation, [&](auto f) {
+    norm.for_tasks([&](int64_t, int64_t begin, int64_t end) {
+      norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+        const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+        const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+        norm.for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+          const int64_t at = row * norm.channels + channel;
+          const Vec z = at::vec::fmadd(load_channels(c + at, lanes), scale, shift);
+          store_channels(a + at, activate<f.value>(z), lanes);
+        });
+      });
+    });
+  });
+}
+
+// out = norm(e), channels_last
+template <class T>
+void normalised(const TrainedNorm& norm, const float* e, T* out) {
+  norm.for_tasks([&](int64_t, int64_t begin, int64_t end) {
+    norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+      const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+      norm.for_rows(set, begin, end, [&](int64_t row, int64_t pixel, int64_t image) TINYTL_LAMBDA_INLINE {
+        const Vec z = at::vec::fmadd(load_channels(e + row * norm.channels + channel, lanes), scale, shift);
+        store_channels(out + (image * norm.pixels + pixel) * norm.channels + channel, z, lanes);
+      });
+    });
+  });
+}
+
+// The sums of a gradient, g(row, pixel, image, channel, lanes, z) with the norm's output z, over all rows.
+template <class T, class Gradient>
+void sum_gradient(TrainedNorm& norm, const T* x, const Gradient& g) {
+  const int64_t count = norm.sets() * norm.channels;
+  std::vector<float> partial(norm.tasks() * 2 * count);
+  norm.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+    float* sums = partial.data() + task * 2 * count;
+    norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      const Vec mean = norm.coefficient(norm.mean, set, channel, lanes);
+      const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+      const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+      Vec sum(0.f), sum_x(0.f);
+      norm.for_rows(set, begin, end, [&](int64_t row, int64_t pixel, int64_t image) TINYTL_LAMBDA_INLINE {
+        const Vec value = load_channels(x + row * norm.channels + channel, lanes);
+        const Vec gradient = g(row, pixel, image, channel, lanes, at::vec::fmadd(value, scale, shift));
+        sum = sum + gradient;
+        sum_x = at::vec::fmadd(gradient, value - mean, sum_x);
+      });
+      const Vec rstd = norm.coefficient(norm.rstd, set, channel, lanes);
+      store_channels(sums + set * norm.channels + channel, sum, lanes);
+      store_channels(sums + count + set * norm.channels + channel, sum_x * rstd, lanes);
+    });
+  });
+  norm.take_sums(partial);
+}
+
+// store(row, pixel, image, channel, lanes, dx) of the norm's input gradient, for the same g as summed.
+template <class T, class Gradient, class Store>
+void input_gradient(const TrainedNorm& norm, const T* x, const Gradient& g, const Store& store) {
+  std::vector<float> constants, slopes;
+  norm.gradient_terms(constants, slopes);
+  norm.for_tasks([&](int64_t, int64_t begin, int64_t end) {
+    norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      const Vec mean = norm.coefficient(norm.mean, set, channel, lanes);
+      const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+      const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+      const Vec constant = norm.coefficient(constants, set, channel, lanes);
+      const Vec slope = norm.coefficient(slopes, set, channel, lanes);
+      norm.for_rows(set, begin, end, [&](int64_t row, int64_t pixel, int64_t image) TINYTL_LAMBDA_INLINE {
+        const Vec value = load_channels(x + row * norm.channels + channel, lanes);
+        const Vec gradient = g(row, pixel, image, channel, lanes, at::vec::fmadd(value, scale, shift));
+        store(row, pixel, image, channel, lanes, gradient * scale - constant - (value - mean) * slope);
+      });
+    });
+  });
+}
+
+template <Activation A>
+TINYTL_INLINE Vec passed(Vec gradient, Vec z) {
+  if constexpr (A == Activation::relu) {
+    return Vec::blendv(gradient, Vec(0.f), z <= Vec(0.f));
+  } else if constexpr (A == Activation::relu6) {
+    return Vec::blendv(Vec(0.f), gradient, (z > Vec(0.f)) & (z < Vec(6.f)));
+  } else {
+    return gradient;
+  }
+}
+
+} // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward(
+    const at::Tensor& pooled,
+    const at::Tensor& weight1,
+    const OptionalTensor& norm_weight1,
+    const OptionalTensor& norm_bias1,
+    const OptionalTensor& running_mean1,
+    const OptionalTensor& running_var1,
+    const at::Tensor& weight2,
+    const OptionalTensor& norm_weight2,
+    const OptionalTensor& norm_bias2,
+    const OptionalTensor& running_mean2,
+    const OptionalTensor& running_var2,
+    int64_t stride,
+    int64_t groups,
+    const std::string& activation,
+    int64_t norm_groups1,
+    int64_t norm_groups2,
+    double eps1,
+    double eps2) {
+  const TrainedConv conv1(pooled.sizes(), weight1, stride, groups);
+  const TrainedConv conv2 = pointwise_after(conv1, weight2);
+  TORCH_CHECK(conv2.in_channels == conv1.out_channels, "weight2: expected ", conv1.out_channels, " input channels");
+  const Activation f = parse_activation(activation);
+  const at::Tensor input = pooled.contiguous(kChannelsLast);
+  at::Tensor out =
+      at::empty({conv2.batch, conv2.out_channels, conv2.out_height, conv2.out_width}, pooled.options(), kChannelsLast);
+  at::Tensor c;
+  TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
+  TrainedNorm norm2 = norm_of(conv2, norm_weight2, norm_bias2, norm_groups2, eps2);
+  with_storage_type(pooled.scalar_type(), "pooled", [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
+    Workspace workspace(conv1.padded_input() + a_elements + e_elements, 3);
+    float* padded = workspace.take(conv1.padded_input());
+    float* a = workspace.take(a_elements);
+    float* e = workspace.take(e_elements);
+    pad_input(conv1, input.data_ptr<T>(), padded);
+    c = first_conv<T>(conv1, padded, weight1, pooled.scalar_type());
+    if (running_mean1.has_value()) {
+      use_running(norm1, running_mean1, running_var1);
+    } else {
+      norm1.measure(c.data_ptr<T>());
+    }
+    activated(norm1, f, c.data_ptr<T>(), a);
+    trained_conv_forward(conv2, a, weight2, e);
+    if (running_mean2.has_value()) {
+      use_running(norm2, running_mean2, running_var2);
+    } else {
+      norm2.measure(e);
+    }
+    normalised(norm2, e, out.data_ptr<T>());
+  });
+  return {out, c, norm1.statistics, norm2.statistics};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& pooled,
+    const at::Tensor& conv,
+    const at::Tensor& statistics1,
+    const at::Tensor& statistics2,
+    const at::Tensor& weight1,
+    const OptionalTensor& norm_weight1,
+    const OptionalTensor& norm_bias1,
+    const at::Tensor& weight2,
+    const OptionalTensor& norm_weight2,
+    int64_t stride,
+    int64_t groups,
+    const std::string& activation,
+    int64_t norm_groups1,
+    int64_t norm_groups2,
+    double eps1,
+    double eps2,
+    bool batch1,
+    bool batch2,
+    std::array<bool, 7> needed) {
+  const TrainedConv conv1(pooled.sizes(), weight1, stride, groups);
+  const TrainedConv conv2 = pointwise_after(conv1, weight2);
+  const auto dtype = pooled.scalar_type();
+  check_size(grad_output, "grad_output", {conv2.batch, conv2.out_channels, conv2.out_height, conv2.out_width}, dtype);
+  const auto [need_input, need_weight1, need_scale1, need_bias1, need_weight2, need_scale2, need_bias2] = needed;
+  const bool need_conv1 = need_input || need_weight1;
+  const bool need_norm1 = need_conv1 || need_scale1 || need_bias1;
+  at::Tensor grad_input = at::empty({0}, pooled.options());
+  at::Tensor grad_weight1 = at::empty({0}, weight1.options()), grad_weight2 = at::empty({0}, weight2.options());
+  const at::Tensor input = pooled.contiguous(kChannelsLast), grad = grad_output.contiguous(kChannelsLast);
+  TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
+  TrainedNorm norm2 = norm_of(conv2, norm_weight2, std::nullopt, norm_groups2, eps2);
+  norm1.use(statistics1), norm2.use(statistics2);
+  norm1.of_batch = batch1, norm2.of_batch = batch2;
+
+  with_storage_type(dtype, "pooled", [&](auto zero) {
+    using T = decltype(zero);
+    const Activation f = parse_activation(activation);
+    const bool need_padded = need_weight1 || conv.numel() == 0;
+    const int64_t padded_elements = need_padded ? conv1.padded_input() : 0;
+    const int64_t grad_elements = need_conv1 ? conv1.padded_gradient() : 0;
+    const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
+    Workspace workspace(padded_elements + a_elements + e_elements + grad_elements, 4);
+    float* padded = workspace.take(padded_elements);
+    float* a = workspace.take(a_elements); // then its gradient
+    float* e = workspace.take(e_elements); // then its gradient
+    at::Tensor c = conv;
+    if (need_padded) {
+      pad_input(conv1, input.data_ptr<T>(), padded);
+    }
+    if (conv.numel() == 0) {
+      c = first_conv<T>(conv1, padded, weight1, dtype);
+    }
+    check_size(c, "conv", {conv1.out_height, conv1.out_width, conv1.batch, conv1.out_channels}, dtype);
+    const T* values = c.data_ptr<T>();
+
+    activated(norm1, f, values, a);
+    trained_conv_forward(conv2, a, weight2, e);
+    const T* grad_data = grad.data_ptr<T>();
+    const auto from_output = [&](int64_t, int64_t pixel, int64_t image, int64_t channel, int64_t lanes, Vec)
+                                 TINYTL_LAMBDA_INLINE {
+      return load_channels(grad_data + (image * norm2.pixels + pixel) * norm2.channels + channel, lanes);
+    };
+    sum_gradient(norm2, e, from_output);
+    if (!need_norm1 && !need_weight2) {
+      return;
+    }
+    const auto to_rows = [&](int64_t row, int64_t, int64_t, int64_t channel, int64_t lanes, Vec value)
+                             TINYTL_LAMBDA_INLINE {
+      store_channels(e + row * norm2.channels + channel, value, lanes);
+    };
+    input_gradient(norm2, e, from_output, to_rows);
+    if (need_weight2) {
+      grad_weight2 = at::empty_like(weight2);
+      trained_conv_backward_weight(conv2, a, e, grad_weight2);
+    }
+    if (!need_norm1) {
+      return;
+    }
+    const at::Tensor transposed = weight2.transpose(0, 1);
+    trained_conv_forward(pointwise_after(conv2, transposed), e, transposed, a);
+    float* grad_c = workspace.take(grad_elements); // padded
+    with_activation(f, [&](auto act) {
+      const auto from_activation = [&](int64_t row, int64_t, int64_t, int64_t channel, int64_t lanes, Vec z)
+                                       TINYTL_LAMBDA_INLINE {
+        return passed<act.value>(load_channels(a + row * norm1.channels + channel, lanes), z);
+      };
+      sum_gradient(norm1, values, from_activation);
+      if (need_conv1) {
+        if (conv1.gradient_width() > conv1.out_width) {
+          std::fill_n(grad_c, grad_elements, 0.f);
+        }
+        const auto to_padded = [&](int64_t, int64_t pixel, int64_t image, int64_t channel, int64_t lanes, Vec value)
+                                   TINYTL_LAMBDA_INLINE {
+          store_channels(grad_c + (conv1.gradient_pixel(pixel) + image) * norm1.channels + channel, value, lanes);
+        };
+        input_gradient(norm1, values, from_activation, to_padded);
+      }
+    });
+    if (need_input) {
+      grad_input = at::empty(pooled.sizes(), pooled.options(), kChannelsLast);
+      trained_conv_backward_input(conv1, grad_c, weight1, grad_input.data_ptr<T>());
+    }
+    if (need_weight1) {
+      grad_weight1 = at::empty_like(weight1);
+      trained_conv_backward_weight(conv1, padded, grad_c, grad_weight1);
+    }
+  });
+  return {
+      grad_input,
+      grad_weight1,
+      norm1.grad_weight(need_scale1),
+      norm1.grad_bias(need_bias1),
+      grad_weight2,
+      norm2.grad_weight(need_scale2),
+      norm2.grad_bias(need_bias2)};
+}
+
+} // namespace tinytl::cpu

@@ -1,0 +1,137 @@
+// Small float32 GEMM over runs of evenly spaced terms: the arithmetic of the trained convolutions.
+//
+//     C[m, n] = sum over runs, over k < depth of the run, of  a[m * row_stride + k * a_step] * b[k * b_step + n]
+//
+// A run is one tap of a convolution window. Forward and input gradient read A where it lies (rows are pixels, k
+// channels) and B packed in panels; a weight gradient reads both where they lie (rows are channels, k pixels). A
+// border is a run left out or zeros that the caller keeps in A.
+//
+// A tile of up to max_tile_rows(vecs) rows by `vecs` vectors stays in registers over a chain of runs. Accumulators,
+// a row of B and one broadcast fill the registers: narrow panels get taller tiles, or the additions of one would wait
+// for each other.
+#pragma once
+
+#include "vector.h"
+
+#include <array>
+#include <utility>
+
+namespace tinytl::cpu {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileVecs = 3; // widest panel
+constexpr int kTileSums = 24; // accumulators
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kTileVecs = 3;
+constexpr int kTileSums = 12;
+#elif defined(__aarch64__)
+constexpr int kTileVecs = 4;
+constexpr int kTileSums = 24;
+#else
+constexpr int kTileVecs = 1;
+constexpr int kTileSums = 4;
+#endif
+
+constexpr int max_tile_rows(int vecs) {
+  return kTileSums / vecs < 16 ? kTileSums / vecs : 16;
+}
+
+// At most this many floats in a tile.
+constexpr int kTileElements = kTileSums * kLanes;
+
+struct Run {
+  const float* a;
+  const float* b;
+  int64_t depth;
+};
+
+// How the operands of every run are laid out, in elements.
+struct Strides {
+  int64_t row; // A, from row to row
+  int64_t a_step; // A, from term to term
+  int64_t b_step; // B, from term to term
+};
+
+namespace detail {
+
+// tile[m][n] = or += the product; tile rows are VECS vectors wide.
+template <int ROWS, int VECS>
+void strided_tile(const Run* runs, int64_t num_runs, const Strides& strides, bool accumulate, float* tile) {
+  Vec sum[ROWS][VECS];
+  TINYTL_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    TINYTL_UNROLL
+    for (int v = 0; v < VECS; ++v) {
+      sum[m][v] = Vec(0.f);
+    }
+  }
+  const int64_t row = strides.row, a_step = strides.a_step, b_step = strides.b_step;
+  for (const Run* run = runs; run < runs + num_runs; ++run) {
+    const float* upper = run->a;
+    const float* lower = run->a + 8 * row;
+    const float* b = run->b;
+    for (int64_t k = 0; k < run->depth; ++k) {
+      Vec values[VECS];
+      TINYTL_UNROLL
+      for (int v = 0; v < VECS; ++v) {
+        values[v] = Vec::loadu(b + v * kLanes);
+      }
+      TINYTL_UNROLL
+      for (int m = 0; m < ROWS; ++m) {
+        const Vec value(m < 8 ? upper[m * row] : lower[(m - 8) * row]);
+        TINYTL_UNROLL
+        for (int v = 0; v < VECS; ++v) {
+          sum[m][v] = at::vec::fmadd(value, values[v], sum[m][v]);
+        }
+      }
+      upper += a_step;
+      lower += a_step;
+      b += b_step;
+    }
+  }
+  TINYTL_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    TINYTL_UNROLL
+    for (int v = 0; v < VECS; ++v) {
+      float* target = tile + (m * VECS + v) * kLanes;
+      (accumulate ? Vec::loadu(target) + sum[m][v] : sum[m][v]).store(target);
+    }
+  }
+}
+
+using TileFunction = void (*)(const Run*, int64_t, const Strides&, bool, float*);
+
+template <int VECS, size_t... I>
+constexpr std::array<TileFunction, 16> tiles_of(std::index_sequence<I...>) {
+  return {strided_tile<static_cast<int>(I) + 1, VECS>...};
+}
+
+template <size_t... V>
+constexpr std::array<std::array<TileFunction, 16>, kTileVecs> all_tiles(std::index_sequence<V...>) {
+  return {tiles_of<static_cast<int>(V) + 1>(std::make_index_sequence<max_tile_rows(static_cast<int>(V) + 1)>())...};
+}
+
+inline constexpr auto kTiles = all_tiles(std::make_index_sequence<kTileVecs>());
+
+} // namespace detail
+
+// tile = the product over all runs, or tile += it. rows <= max_tile_rows(vecs); tile rows are vecs * kLanes floats.
+// Chains of additions end at a run's end after kChainTerms terms: rounding errors grow with their length.
+constexpr int64_t kChainTerms = 96;
+
+inline void strided_gemm(
+    int rows, int vecs, const Run* runs, int64_t num_runs, const Strides& strides, bool accumulate, float* tile) {
+  const auto function = detail::kTiles[vecs - 1][rows - 1];
+  int64_t begin = 0;
+  do { // once for no run at all: the tile is zeros then
+    int64_t end = begin, terms = 0;
+    while (end < num_runs && terms < kChainTerms) {
+      terms += runs[end++].depth;
+    }
+    function(runs + begin, end - begin, strides, accumulate, tile);
+    accumulate = true;
+    begin = end;
+  } while (begin < num_runs);
+}
+
+} // namespace tinytl::cpu

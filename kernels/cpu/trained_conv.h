@@ -1,0 +1,133 @@
+// Trained grouped k x k convolution (square window, one stride, the same padding on all sides) and its gradients, as
+// small GEMMs over taps (strided_gemm.h).
+//
+//     y[p, o]       = sum over taps t, channels i of   x[s p + t, i] W[o, i, t]
+//     dx[q, i]      = sum over taps t, channels o of   dy[(q - t) / s, o] W[o, i, t]
+//     dW[o, i, t]   = sum over pixels p of             dy[p, o] x[s p + t, i]
+//
+// Images are kept *position-major*, (H, W, N, C): neighbouring pixels of all images are rows with one stride between
+// them, so that tiles are full whatever the size of the batch and of the image, and a tile at the border leaves out
+// the taps that fall outside. Columns are padded with zeros, because a tile may cover several, and those of a strided
+// window are kept apart by their remainder (phases), because its taps then read evenly spaced rows again.
+#pragma once
+
+#include "common.h"
+#include "strided_gemm.h"
+
+#include <vector>
+
+namespace tinytl::cpu {
+
+struct TrainedConv {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel, stride, padding, groups;
+
+  TrainedConv(at::IntArrayRef input, const at::Tensor& weight, int64_t stride, int64_t groups);
+
+  int64_t taps() const {
+    return kernel * kernel;
+  }
+  int64_t group_in() const {
+    return in_channels / groups;
+  }
+  int64_t group_out() const {
+    return out_channels / groups;
+  }
+  int64_t pixels() const { // of the output, all images
+    return out_height * out_width * batch;
+  }
+  // The padded input: (height, stride phases, phase_width, batch, in_channels).
+  int64_t phase_width() const {
+    return ceil_div(width + 2 * padding, stride);
+  }
+  int64_t padded_input() const {
+    return height * stride * phase_width() * batch * in_channels;
+  }
+  // The padded output gradient: (out_height, left + out_width + right, batch, out_channels).
+  int64_t left() const {
+    return std::max<int64_t>((kernel - 1) / stride - padding / stride, 0);
+  }
+  int64_t right() const {
+    return std::max<int64_t>((width - 1 + padding) / stride - (out_width - 1), 0);
+  }
+  int64_t gradient_width() const {
+    return left() + out_width + right();
+  }
+  int64_t padded_gradient() const {
+    return out_height * gradient_width() * batch * out_channels;
+  }
+  // Where output pixel `pixel` of the first image lies in the padded output gradient, in pixels.
+  int64_t gradient_pixel(int64_t pixel) const {
+    return (pixel / out_width * gradient_width() + left() + pixel % out_width) * batch;
+  }
+};
+
+// input: channels_last (N, C, H, W). padded: padded_input() floats.
+template <class T>
+void pad_input(const TrainedConv& conv, const T* input, float* padded);
+
+// y: (out_height, out_width, batch, out_channels).
+template <class T>
+void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y);
+
+// dx: channels_last (N, C, H, W). grad: the padded output gradient, its padding columns zero.
+template <class T>
+void trained_conv_backward_input(const TrainedConv& conv, const float* grad, const at::Tensor& weight, T* dx);
+
+// dW in the shape and strides of grad_weight.
+void trained_conv_backward_weight(
+    const TrainedConv& conv, const float* padded, const float* grad, at::Tensor& grad_weight);
+
+// Rows of a 1x1 convolution, panels of at most kTileVecs vectors.
+struct ColumnPanels {
+  int64_t columns, vecs, count;
+
+  explicit ColumnPanels(int64_t columns)
+      : columns(columns), vecs(ceil_div(columns, kLanes)), count(ceil_div(vecs, kTileVecs)) {}
+
+  int width_vecs(int64_t panel) const {
+    return static_cast<int>(vecs / count + (panel < vecs % count ? 1 : 0));
+  }
+  int64_t start(int64_t panel) const { // first column
+    return (vecs / count * panel + std::min(panel, vecs % count)) * kLanes;
+  }
+  int64_t padded() const {
+    return vecs * kLanes;
+  }
+  int64_t valid(int64_t panel) const { // columns that exist
+    return std::min<int64_t>(width_vecs(panel) * kLanes, columns - start(panel));
+  }
+};
+
+// Calls body(first row, rows) for tiles of nearly equal height, at most max_tile_rows(vecs). Heights are whole
+// multiples of `unit` rows where that fits the registers: then a tile does not straddle pixels.
+template <class Body>
+void for_row_tiles(int64_t rows, int64_t unit, int vecs, const Body& body) {
+  const int64_t most = max_tile_rows(vecs);
+  if (unit <= most && most % unit == 0) {
+    for (int64_t r = 0; r < rows; r += most) {
+      body(r, static_cast<int>(std::min(most, rows - r)));
+    }
+    return;
+  }
+  const int64_t tiles = ceil_div(rows, most);
+  for (int64_t t = 0; t < tiles; ++t) {
+    body(rows * t / tiles, static_cast<int>(rows * (t + 1) / tiles - rows * t / tiles));
+  }
+}
+
+// target[m * stride + n] = tile[m][n] for n < valid.
+template <class T>
+void store_tile(const float* tile, int rows, int vecs, int64_t valid, T* target, int64_t stride) {
+  for (int m = 0; m < rows; ++m) {
+    for (int v = 0; v < vecs; ++v) {
+      const int64_t count = valid - v * kLanes;
+      if (count > 0) {
+        store_channels(target + m * stride + v * kLanes, Vec::loadu(tile + (m * vecs + v) * kLanes), count);
+      }
+    }
+  }
+}
+
+} // namespace tinytl::cpu

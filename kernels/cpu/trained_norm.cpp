@@ -1,0 +1,187 @@
+// See trained_norm.h.
+#include "trained_norm.h"
+
+#include <ATen/ops/ones.h>
+
+#include <cmath>
+
+namespace tinytl::cpu {
+namespace {
+
+at::Tensor parameter(const OptionalTensor& given, int64_t channels, const at::Tensor& missing) {
+  if (!given.has_value() || !given->defined()) {
+    return missing;
+  }
+  TORCH_CHECK(
+      given->dim() == 1 && given->size(0) == channels, "norm: expected (", channels, ") parameters, got ", given->sizes());
+  return given->to(at::kFloat).contiguous();
+}
+
+// Mean and sum of squared deviations of `count` values, grown by those of more values (Chan, Golub and LeVeque).
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void add(double more, double its_mean, double its_squares) {
+    if (more == 0) {
+      return;
+    }
+    const double delta = its_mean - mean, total = count + more;
+    mean += delta * more / total;
+    squares += its_squares + delta * delta * count * more / total;
+    count = total;
+  }
+};
+
+} // namespace
+
+TrainedNorm::TrainedNorm(
+    int64_t channels,
+    int64_t batch,
+    int64_t pixels,
+    int64_t groups,
+    double eps,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias)
+    : channels(channels), batch(batch), pixels(pixels), groups(groups), eps(eps), of_batch(true) {
+  TORCH_CHECK(
+      groups >= 0 && (groups == 0 || channels % groups == 0),
+      "norm_groups: expected 0 or a divisor of ",
+      channels,
+      " channels, got ",
+      groups);
+  this->weight = parameter(weight, channels, at::ones({channels}, at::kFloat));
+  this->bias = parameter(bias, channels, at::zeros({channels}, at::kFloat));
+}
+
+template <class T>
+void TrainedNorm::measure(const T* x) {
+  // Mean as rounded, sum of the deviations from it (they mend it) and of their squares.
+  const int64_t length = sets() * channels;
+  std::vector<float> partial(tasks() * 3 * length);
+  for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+    float* means = partial.data() + task * 3 * length;
+    for_vectors([&](int64_t set, int64_t c, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      Vec sum(0.f), deviation(0.f), square(0.f);
+      for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+        sum = sum + load_channels(x + row * channels + c, lanes);
+      });
+      const Vec mean = sum / Vec(static_cast<float>((end - begin) / sets()));
+      for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+        const Vec off = load_channels(x + row * channels + c, lanes) - mean;
+        deviation = deviation + off;
+        square = at::vec::fmadd(off, off, square);
+      });
+      float* target = means + set * channels + c;
+      store_channels(target, mean, lanes);
+      store_channels(target + length, deviation, lanes);
+      store_channels(target + 2 * length, square, lanes);
+    });
+  });
+  const int64_t entries = groups > 0 ? batch * groups : channels;
+  std::vector<Moments> moments(entries);
+  for (int64_t task = 0; task < tasks(); ++task) {
+    const float* means = partial.data() + task * 3 * length;
+    const auto count = static_cast<double>((std::min((task + 1) * task_rows(), rows()) - task * task_rows()) / sets());
+    for (int64_t set = 0; set < sets(); ++set) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t i = set * channels + c;
+        const double deviation = means[length + i];
+        const double squares = means[2 * length + i] - deviation * deviation / count;
+        moments[entry(set, c)].add(count, means[i] + deviation / count, squares);
+      }
+    }
+  }
+  at::Tensor measured = at::empty({2, entries}, weight.options());
+  float* target = measured.data_ptr<float>();
+  for (int64_t i = 0; i < entries; ++i) {
+    target[i] = static_cast<float>(moments[i].mean);
+    target[entries + i] = static_cast<float>(moments[i].squares / std::max(moments[i].count, 1.));
+  }
+  use(measured);
+}
+
+void TrainedNorm::use(const at::Tensor& given) {
+  const int64_t entries = groups > 0 ? batch * groups : channels;
+  check_size(given, "statistics", {2, entries}, at::kFloat);
+  statistics = given.contiguous();
+  const float* means = statistics.data_ptr<float>();
+  const float* w = weight.data_ptr<float>();
+  const float* b = bias.data_ptr<float>();
+  const int64_t count = sets() * channels;
+  mean.resize(count), rstd.resize(count), scale.resize(count), shift.resize(count);
+  for (int64_t set = 0; set < sets(); ++set) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = set * channels + c;
+      mean[i] = means[entry(set, c)];
+      rstd[i] = static_cast<float>(1. / std::sqrt(static_cast<double>(means[entries + entry(set, c)]) + eps));
+      scale[i] = w[c] * rstd[i];
+      shift[i] = b[c] - mean[i] * scale[i];
+    }
+  }
+}
+
+void TrainedNorm::take_sums(const std::vector<float>& partial) {
+  const int64_t count = sets() * channels;
+  sum_g.assign(count, 0.), sum_gx.assign(count, 0.);
+  for (int64_t task = 0; task < tasks(); ++task) {
+    const float* g = partial.data() + task * 2 * count;
+    for (int64_t i = 0; i < count; ++i) {
+      sum_g[i] += g[i];
+      sum_gx[i] += g[count + i];
+    }
+  }
+}
+
+at::Tensor TrainedNorm::grad_weight(bool wanted) const {
+  at::Tensor grad = at::zeros({wanted ? channels : 0}, weight.options());
+  for (int64_t c = 0; c < grad.numel(); ++c) {
+    double sum = 0;
+    for (int64_t set = 0; set < sets(); ++set) {
+      sum += sum_gx[set * channels + c];
+    }
+    grad.data_ptr<float>()[c] = static_cast<float>(sum);
+  }
+  return grad;
+}
+
+at::Tensor TrainedNorm::grad_bias(bool wanted) const {
+  at::Tensor grad = at::zeros({wanted ? channels : 0}, weight.options());
+  for (int64_t c = 0; c < grad.numel(); ++c) {
+    double sum = 0;
+    for (int64_t set = 0; set < sets(); ++set) {
+      sum += sum_g[set * channels + c];
+    }
+    grad.data_ptr<float>()[c] = static_cast<float>(sum);
+  }
+  return grad;
+}
+
+void TrainedNorm::gradient_terms(std::vector<float>& constant, std::vector<float>& slope) const {
+  const int64_t count = sets() * channels;
+  constant.assign(count, 0.f), slope.assign(count, 0.f);
+  if (!of_batch) {
+    return;
+  }
+  const float* w = weight.data_ptr<float>();
+  const int64_t width = groups > 0 ? channels / groups : 1; // channels with common statistics
+  const double values = static_cast<double>(groups > 0 ? pixels * width : rows());
+  for (int64_t set = 0; set < sets(); ++set) {
+    for (int64_t first = 0; first < channels; first += width) {
+      double m1 = 0, m2 = 0;
+      for (int64_t c = first; c < first + width; ++c) {
+        m1 += w[c] * sum_g[set * channels + c];
+        m2 += w[c] * sum_gx[set * channels + c];
+      }
+      for (int64_t i = set * channels + first; i < set * channels + first + width; ++i) {
+        constant[i] = static_cast<float>(m1 / values * rstd[i]);
+        slope[i] = static_cast<float>(m2 / values * rstd[i] * rstd[i]);
+      }
+    }
+  }
+}
+
+template void TrainedNorm::measure<float>(const float*);
+template void TrainedNorm::measure<c10::BFloat16>(const c10::BFloat16*);
+template void TrainedNorm::measure<c10::Half>(const c10::Half*);
+
+} // namespace tinytl::cpu

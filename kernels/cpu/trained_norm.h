@@ -1,0 +1,105 @@
+// A trained BatchNorm or GroupNorm over position-major rows, (pixels, batch, channels), in four passes:
+//
+//     statistics   mean, var of each channel (BatchNorm), or of each group of channels of each image (GroupNorm)
+//     apply        z = x scale + shift          scale = weight rstd, shift = bias - mean scale
+//     sums         S1 = sum g, S2 = sum g x_hat             they are the gradients of bias and weight
+//     gradient     dx = rstd (weight g - m1 - x_hat m2)     m1, m2: means of weight g and weight g x_hat; 0 in eval mode
+//
+// A *set* is what has statistics of its own along the batch: all images for a BatchNorm, one for a GroupNorm. Image n of
+// a row belongs to set n % sets. A task takes few rows, that stay in the first-level cache, the same ones whatever
+// the number of threads, and partial results are combined in order, in double precision: the same bits every time.
+#pragma once
+
+#include "common.h"
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+namespace tinytl::cpu {
+
+constexpr int64_t kTaskRows = 96;
+
+struct TrainedNorm {
+  int64_t channels, batch, pixels;
+  int64_t groups; // 0: BatchNorm
+  double eps;
+  bool of_batch; // statistics depend on the input
+  at::Tensor weight, bias; // float32
+  at::Tensor statistics; // (2, channels) or (2, batch * groups)
+  std::vector<float> mean, rstd, scale, shift; // (sets, channels)
+  std::vector<double> sum_g, sum_gx; // (sets, channels)
+
+  TrainedNorm(
+      int64_t channels,
+      int64_t batch,
+      int64_t pixels,
+      int64_t groups,
+      double eps,
+      const OptionalTensor& weight,
+      const OptionalTensor& bias);
+
+  int64_t sets() const {
+    return groups > 0 ? batch : 1;
+  }
+  int64_t rows() const {
+    return pixels * batch;
+  }
+  // Whole pixels; a chain of additions is about kTaskRows long.
+  int64_t task_rows() const {
+    return (groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1)) * batch;
+  }
+  int64_t tasks() const {
+    return ceil_div(rows(), task_rows());
+  }
+  // Where the statistics of a channel of a set stand in a row of `statistics`.
+  int64_t entry(int64_t set, int64_t channel) const {
+    return groups > 0 ? set * groups + channel / (channels / groups) : channel;
+  }
+
+  // Statistics of x, or given ones.
+  template <class T>
+  void measure(const T* x);
+  void use(const at::Tensor& given);
+  // Sums over a gradient were taken: partial (tasks, 2, sets, channels).
+  void take_sums(const std::vector<float>& partial);
+  // The gradients of weight and bias.
+  at::Tensor grad_weight(bool wanted) const;
+  at::Tensor grad_bias(bool wanted) const;
+  // m1 rstd and m2 rstd^2 of the formula, (sets, channels).
+  void gradient_terms(std::vector<float>& constant, std::vector<float>& slope) const;
+
+  // Calls body(task, first row, end row).
+  template <class Body>
+  void for_tasks(const Body& body) const {
+    at::parallel_for(0, tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        body(task, task * task_rows(), std::min((task + 1) * task_rows(), rows()));
+      }
+    });
+  }
+  // Calls body(row, pixel, image) for the rows of a set among [begin, end), whole pixels.
+  template <class Body>
+  TINYTL_INLINE void for_rows(int64_t set, int64_t begin, int64_t end, const Body& body) const {
+    const int64_t first = groups > 0 ? set : 0, last = groups > 0 ? set + 1 : batch;
+    for (int64_t pixel = begin / batch; pixel < end / batch; ++pixel) {
+      for (int64_t image = first; image < last; ++image) {
+        body(pixel * batch + image, pixel, image);
+      }
+    }
+  }
+  // Calls body(set, channel, lanes) for every vector of channels of every set.
+  template <class Body>
+  TINYTL_INLINE void for_vectors(const Body& body) const {
+    for (int64_t set = 0; set < sets(); ++set) {
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        body(set, c, std::min<int64_t>(channels - c, kLanes));
+      }
+    }
+  }
+  TINYTL_INLINE Vec coefficient(const std::vector<float>& of, int64_t set, int64_t channel, int64_t lanes) const {
+    return load_channels(of.data() + set * channels + channel, lanes);
+  }
+};
+
+} // namespace tinytl::cpu
