@@ -25,6 +25,7 @@ from tinytl_kernels.convert.report import ConversionReport, conversion_report, u
 
 FORMAT = "tinytl-adapter"
 VERSION = "1"
+_FLOAT = "floating point"  # also of files from before weights could be in 8 bits
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -63,6 +64,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         "model": report.model,
         "method": report.method,
         "head": report.head,
+        "weights": _weights(report),
         "fingerprint": fingerprint(model),
     }
     _write_atomically(Path(path), save(tensors, metadata))
@@ -89,6 +91,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     for key, ours in (("method", report.method), ("model", report.model)):
         if metadata[key] != ours:
             raise ValueError(f"{path}: adapter for {key} {metadata[key]!r}, but the model's is {ours!r}")
+    if metadata.get("weights", _FLOAT) != _weights(report):
+        raise ValueError(
+            f"{path}: adapter for a backbone with {metadata.get('weights', _FLOAT)} weights, but the model's are "
+            f"{_weights(report)}; convert with the weight_bits and the weight_code that it was trained with"
+        )
     targets = _adapter_tensors(bare, report)
     resized = _check_tensors(str(path), tensors, targets, report.head)
     if resized and bare is not model:
@@ -131,6 +138,11 @@ def fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _weights(report: ConversionReport) -> str:
+    """What the frozen weights are held in: an 8-bit code, or floating point."""
+    return _FLOAT if report.quantization is None else report.quantization.code
 
 
 def _all_tensors(model: nn.Module) -> dict[str, Tensor]:

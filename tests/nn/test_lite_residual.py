@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.allocations import allocated
+from tests.checks import assert_as_exact_as_torch
 from tinytl_kernels import FrozenConvBias, LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.lite_residual import make_divisible
 
@@ -29,60 +31,113 @@ def make(**arguments) -> LiteResidual:
     return lite
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A class that the operator does not know: the children are called one by one."""
+
+
 VARIANTS = {
     "default": {},
     "stride 2": dict(stride=2),
     "3x3, relu6, wide": dict(kernel_size=3, activation="relu6", expand=1.5, groups=4),
     "global": dict(downsample=None, kernel_size=1),
     "group norm": dict(norm=lambda channels: nn.GroupNorm(channels // 8, channels)),
-    "kept": dict(recompute=False),
+    "recomputed": dict(recompute=True),
     "pooled by 3": dict(downsample=3),
+    "average of all batches": dict(norm=lambda channels: nn.BatchNorm2d(channels, momentum=None)),
+    "a norm of another class": dict(norm=OwnNorm),
+    "a norm of another class, recomputed": dict(norm=OwnNorm, recompute=True),
+    "no running statistics": dict(norm=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)),
 }
+
+
+def two_steps(module: nn.Module, x: torch.Tensor, grad_outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output and gradients of the second of two steps (it would see statistics counted twice), and the buffers."""
+    for grad_output in grad_outputs:
+        x = x.detach().requires_grad_()
+        module.zero_grad()
+        output = module(x)
+        output.backward(grad_output.to(output.dtype))
+    gradients = [p.grad for p in module.parameters()]
+    return {
+        "output": output.detach(),
+        "grad of input": x.grad,
+        **{f"grad {i}": g for i, g in enumerate(gradients)},
+        **{f"buffer {i}": b.clone() for i, b in enumerate(module.buffers())},
+    }
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_values_gradients_and_statistics_are_those_of_the_plain_module(variant, training):
+def test_values_gradients_and_statistics_are_as_exact_as_the_plain_modules(variant, training):
     lite = make(**VARIANTS[variant]).train(training)
-    stock = plain(lite).train(training)
-    x = torch.randn(3, 16, 13, 12)
-    for _ in range(2):  # the second step would see statistics that were counted twice
-        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        a, b = lite(mine), stock(theirs)
-        torch.testing.assert_close(a, b)
-        grad_output = torch.randn_like(a)
-        a.backward(grad_output)
-        b.backward(grad_output)
-        torch.testing.assert_close(mine.grad, theirs.grad)
-        for (name, p), q in zip(lite.named_parameters(), stock.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}")
-        for (name, p), q in zip(lite.named_buffers(), stock.buffers(), strict=True):
-            torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_eval_between_forward_and_backward_does_not_change_the_gradient():
-    lite = make()
-    x = torch.randn(2, 16, 12, 12)
     stock = plain(lite)
-    y = lite(x).square().sum()
-    lite.eval()
-    y.backward()
-    stock(x).square().sum().backward()
-    torch.testing.assert_close(lite.conv1.weight.grad, stock[1].weight.grad)
+    exact = copy.deepcopy(stock).double()
+    x = torch.randn(3, 16, 13, 12)
+    grads = [torch.randn_like(copy.deepcopy(lite)(x)) for _ in range(2)]
+    mine, theirs = two_steps(lite, x, grads), two_steps(stock, x, grads)
+    exact = two_steps(exact, x.double(), grads)
+    for name, result in mine.items():
+        if result.is_floating_point():
+            assert_as_exact_as_torch(name, result, theirs[name], exact[name])
+        else:
+            assert torch.equal(result, exact[name]), name
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+def test_eval_between_forward_and_backward_does_not_change_the_gradient(norm):
+    lite, x = make(norm=norm), torch.randn(2, 16, 12, 12)
+    gradients = []
+    for mode in (True, False):
+        loss = lite.train()(x).square().sum()
+        lite.train(mode)
+        gradients.append(torch.autograd.grad(loss, lite.conv1.weight)[0])
+    assert torch.equal(*gradients)
     assert not lite.bn1.training
 
 
-@pytest.mark.parametrize(("recompute", "kept"), [(True, 1), (False, 4)])
-def test_keeps_the_pooled_input_alone(recompute, kept):
-    lite, x = make(recompute=recompute), torch.randn(8, 16, 40, 40)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_keeps_the_pooled_input_and_the_first_convolution(recompute, norm):
+    lite, x = make(recompute=recompute, norm=norm), torch.randn(8, 16, 40, 40)
     lite(x)
-    pooled = 8 * 16 * 20 * 20 * 4
+    pooled = 8 * 16 * 20 * 20 * 4  # and as much behind the convolution
     _, left = allocated(lambda: lite(x))
     left -= 8 * 24 * 20 * 20 * 4  # the output itself
-    if recompute:
-        assert pooled <= left < 1.05 * pooled  # and the statistics of the norms
-    else:
-        assert left >= kept * pooled
+    expected = pooled if recompute else 2 * pooled
+    assert expected <= left < 1.05 * expected  # and the statistics of the norms
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(c // 8, c), lambda c: nn.BatchNorm2d(c, momentum=None)]
+)
+def test_one_operator_and_the_children_agree(norm, training):
+    lite = make(norm=norm).train(training)
+    children = copy.deepcopy(lite)
+    children.fused = False
+    x, grads = torch.randn(2, 16, 12, 12), [torch.randn(2, 24, 6, 6) for _ in range(2)]
+    exact = two_steps(plain(lite).double(), x.double(), grads)
+    theirs = two_steps(children, x, grads)
+    for name, result in two_steps(lite, x, grads).items():
+        if result.is_floating_point():
+            assert_as_exact_as_torch(name, result, theirs[name], exact[name])
+
+
+def test_one_value_a_channel_is_pytorchs_error():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        make(downsample=None, kernel_size=1)(torch.randn(1, 16, 4, 4))
+    assert make(downsample=None, kernel_size=1).eval()(torch.randn(1, 16, 4, 4)).shape == (1, 24, 1, 1)
+
+
+def test_a_pruned_convolution_is_computed_by_its_own_class():
+    lite, x = make().eval(), torch.randn(2, 16, 12, 12)
+    prune.l1_unstructured(lite.conv1, "weight", 0.5)
+    children = nn.Sequential(nn.AvgPool2d(2), lite.conv1, lite.bn1, lite.act, lite.conv2, lite.final_bn)
+    torch.testing.assert_close(lite(x), children(x))
+
+
+def test_an_empty_batch_is_what_the_children_make_of_it():
+    assert make().eval()(torch.randn(0, 16, 12, 12)).shape == (0, 24, 6, 6)
 
 
 def test_a_new_branch_changes_nothing():
@@ -102,14 +157,19 @@ def test_compiles_without_a_graph_break(training):
     torch.testing.assert_close(compiled.bn1.running_mean, lite.bn1.running_mean)
 
 
-def test_autocast():
-    lite, x = make(), torch.randn(2, 16, 12, 12, requires_grad=True)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda channels: nn.GroupNorm(channels // 8, channels)])
+def test_autocast(norm):
+    lite, x = make(norm=norm), torch.randn(2, 16, 12, 12)
     stock = plain(lite)
+    grads = [torch.randn(2, 24, 6, 6).bfloat16() for _ in range(2)]
+    exact = two_steps(copy.deepcopy(stock).double(), x.double(), grads)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, expected = lite(x), stock(x)
-    assert torch.equal(y, expected)
-    y.sum().backward()
+        mine, theirs = two_steps(lite, x, grads), two_steps(stock, x, grads)
+    assert mine["output"].dtype == torch.bfloat16
     assert lite.conv1.weight.grad.dtype == torch.float32
+    for name, result in mine.items():
+        if result.is_floating_point():
+            assert_as_exact_as_torch(name, result, theirs[name].to(result.dtype), exact[name])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinytl_kernels.core.quantization import check_code
 from tinytl_kernels.nn import FrozenConvBias, LiteResidualBlock
 
 from .chains import Links
 from .example import Capture, accelerators, deviation, example_for, run_example
 from .fuse import fuse_blocks
 from .head import find_head, new_head, outputs_of, set_num_classes
-from .lite import Block, add_branches, find_blocks, group_norm, named_blocks, uses_group_norm
+from .lite import Block, add_branches, block_modules, find_blocks, group_norm, named_blocks, uses_group_norm
+from .own_branches import keep_branches, set_aside
+from .quantize import quantize_weights
+from .recompute import recompute_blocks
 from .remarks import note_operations
 from .report import METHODS, ConversionReport, Note, attach_report, base_name, is_converted
 from .rewrite import owners_of_functions, rewrite_forward
@@ -25,6 +29,7 @@ from .trace import Flow, trace_model
 from .training import set_trained
 
 RESOLUTIONS = ("real", "paper")
+WEIGHT_BITS = (32, 8)
 
 
 def convert(
@@ -36,13 +41,16 @@ def convert(
     inplace: bool = False,
     lite_resolution: str = "real",
     blocks: Sequence[str] | None = None,
+    weight_bits: int = 32,
+    weight_code: str = "int8",
+    recompute: bool = True,
 ) -> nn.Module:
     """Make a model ready for memory-efficient fine-tuning, unmodified source, by swapping its layers.
 
     Convolutions become :class:`~tinytl_kernels.nn.FrozenConvBias` with the BatchNorm and the activation behind them
-    merged in; the other activations, pools and dropout keep bits; lite residuals go around the blocks. The model keeps
-    its class, methods and names. What was done and what could not be made lean is told by
-    ``print(tinytl_kernels.conversion_report(model))``.
+    merged in; the other activations, pools and dropout keep bits; lite residuals go around the blocks, unless the model
+    has some already, which stay instead. The model keeps its class, methods and names. What was done and what could not
+    be made lean is told by ``print(tinytl_kernels.conversion_report(model))``.
 
     ===================== ==================================================== =========================
     method                trained                                              BatchNorm
@@ -66,6 +74,14 @@ def convert(
         lite_resolution: ``"real"`` sizes the kernels of lite residuals by the resolutions of ``example_input``,
             ``"paper"`` by the authors' rule (128 at the first block), which their checkpoints need.
         blocks: Names of the modules that get a lite residual; default: found by structure.
+        weight_bits: 8 holds the weights of the frozen convolutions in 8 bits, a quarter of their bytes; gradients are
+            exact for the weights that the 8 bits stand for. Trained parameters, norms and linear layers stay as they
+            are. 32 leaves every weight in the model's dtype.
+        weight_code: How 8 bits code a weight: ``"int8"``, multiples of one scale an output channel, or ``"kmeans"``,
+            256 centroids a layer, as the authors trained. The report tells the error.
+        recompute: Blocks in which GroupNorm, smooth activations or squeeze-and-excite keep full values keep their
+            narrow input instead and are computed again in backward, a few images at a time
+            (:func:`tinytl_kernels.nn.recompute`). Gradients stay exact; False saves the arithmetic of a second forward.
 
     Returns:
         The converted model, in ``channels_last``, on the same device, in the same dtype and mode. Frozen parameters
@@ -87,31 +103,48 @@ def convert(
         ['0.bias', '5.weight', '5.bias']
     """
     _check(model, method, num_classes, lite_resolution, blocks)
+    _check_weight_bits(method, weight_bits, weight_code)
     if not inplace:
         model = copy.deepcopy(model)
     report = ConversionReport(base_name(model), method)
-    flow = trace_model(model)
-    example_input = example_for(model) if example_input is None else example_input
-    stock = run_example(model, example_input)
-    links = Links(flow, stock)
-    head = find_head(model, stock, links)
-    if num_classes is not None and head is None:
-        raise ValueError("num_classes: expected None, for the model has no classifier (no linear layer at its end)")
-    places = _lite_places(model, method, flow, stock, head, blocks, report)
-    group_norms = uses_group_norm(model)
-    if method != "full":
-        # Making layers draws numbers that are thrown away: random state is spent on branches and a new head alone.
-        with torch.random.fork_rng(devices=accelerators(model)):
-            _make_lean(model, method, flow, stock, links, head, places, report)
-        fuse_blocks(model, report, [block.path for block in places])
-        _compare(model, example_input, stock, report)
-        if places:
-            norm = group_norm if group_norms else nn.BatchNorm2d
-            like = next(model.parameters())
-            report.branches = add_branches(_replacer(model), places, lite_resolution, norm, like)
-    else:
-        report.warnings.append("method 'full': every module stays stock, nothing was made lean")
-        report.deviation = None if stock.output is None else 0.0
+    with set_aside(model) as own:
+        flow = trace_model(model)
+        example_input = example_for(model) if example_input is None else example_input
+        stock = run_example(model, example_input)
+        links = Links(flow, stock)
+        head = find_head(model, stock, links)
+        if num_classes is not None and head is None:
+            raise ValueError("num_classes: expected None, for the model has no classifier (no linear layer at its end)")
+        if own:
+            places = [Block(name, block.main, (), ()) for name, block in own.items()]  # no shapes: no branch is made
+        else:
+            places = _lite_places(model, method, flow, stock, head, blocks, report)
+        group_norms = uses_group_norm(model)
+        may_recompute = block_modules(model, flow, stock, head)
+        if method != "full":
+            # Making layers draws numbers that are thrown away: random state is spent on branches and a new head alone.
+            with torch.random.fork_rng(devices=accelerators(model)):
+                _make_lean(model, method, flow, stock, links, head, places, report)
+            fuse_blocks(model, report, [block.path for block in places])
+            _compare(model, example_input, stock, report)
+            like = next(model.parameters(), torch.empty(0)).new_empty(0)  # before any of them is in 8 bits
+            if weight_bits == 8:
+                report.quantization = quantize_weights(model, weight_code)
+                if stock.output is not None:
+                    report.quantization.deviation = deviation(run_example(model, example_input).output, stock.output)
+            if own:
+                keep_branches(own, method, report)
+                if report.quantization is not None:
+                    for name, block in own.items():
+                        quantize_weights(block.lite, weight_code, report.quantization, prefix=f"{name}.lite.")
+            elif places:
+                norm = group_norm if group_norms else nn.BatchNorm2d
+                report.branches = add_branches(_replacer(model), places, lite_resolution, norm, like)
+        else:
+            report.warnings.append("method 'full': every module stays stock, nothing was made lean")
+            report.deviation = None if stock.output is None else 0.0
+    if recompute and method != "full":
+        recompute_blocks(model, may_recompute, example_input, report)
     head = _renew_head(model, head, num_classes, stock, report)
     report.trained = set_trained(model, method, head)
     report.trained_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -136,13 +169,15 @@ def _check(model: nn.Module, method: str, num_classes, lite_resolution: str, blo
         raise ValueError(
             f"lite_resolution: expected one of {', '.join(map(repr, RESOLUTIONS))}, got {lite_resolution!r}"
         )
-    if is_converted(model) or any(isinstance(m, (FrozenConvBias, LiteResidualBlock)) for m in model.modules()):
+    if is_converted(model) or any(isinstance(m, FrozenConvBias) for m in model.modules()):
         raise ValueError(
             "model: expected a stock model, got one that was converted already; convert the original again, or go back "
             "with tinytl_kernels.to_torch(model)"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in model._modules:
         raise ValueError(f"model: expected the bare model, got it inside {type(model).__name__}; convert, then wrap")
+    if isinstance(model, LiteResidualBlock):
+        raise ValueError("model: expected a whole network, got a single LiteResidualBlock; convert what it stands in")
     if not any(True for _ in model.children()):
         raise ValueError(
             f"model: expected a module with layers inside, got a single {type(model).__name__}; for one convolution "
@@ -154,6 +189,14 @@ def _check(model: nn.Module, method: str, num_classes, lite_resolution: str, blo
         raise ValueError(f"model: expected initialised parameters, but {unready[0]!r} holds no data yet; run it first")
 
 
+def _check_weight_bits(method: str, weight_bits: int, weight_code: str) -> None:
+    if isinstance(weight_bits, bool) or weight_bits not in WEIGHT_BITS:
+        raise ValueError(f"weight_bits: expected one of {', '.join(map(str, WEIGHT_BITS))}, got {weight_bits!r}")
+    check_code(weight_code, "weight_code")
+    if weight_bits == 8 and method == "full":
+        raise ValueError("weight_bits: expected 32 with method 'full', which trains every weight")
+
+
 def _check_blocks(model: nn.Module, method: str, blocks) -> None:
     if blocks is None:
         return
@@ -161,6 +204,8 @@ def _check_blocks(model: nn.Module, method: str, blocks) -> None:
         raise ValueError(f"blocks: expected a list of module names, got {blocks!r}")
     if not method.startswith("lite_residual"):
         raise ValueError(f"blocks: expected None with method {method!r}, which adds no lite residuals")
+    if any(isinstance(module, LiteResidualBlock) for module in model.modules()):
+        raise ValueError("blocks: expected None for a model that has lite residuals of its own: no others are added")
     names = [name for name, _ in model.named_modules() if name]
     for path in blocks:
         if path not in names:

@@ -58,13 +58,8 @@ def find_blocks(model: nn.Module, flow: Flow, capture: Capture, head: nn.Module 
     Returns:
         The blocks, and a remark for the report.
     """
-    adders = _modules_that_add(flow)
     images = {m: p for p, m in model.named_modules() if p and _maps_image(m, capture)}
-    layers = {m: frozenset(_layers(m)) - {head} for m in images}
-    candidates = [m for m in images if _is_candidate(m, layers[m], adders)]
-    blocks = {_with_wrapper(m, images, layers) for m in candidates if _is_innermost(m, candidates, images, layers)}
-    blocks = _not_nested(blocks | _siblings(blocks, images, layers), images)
-    ordered = sorted(blocks, key=lambda m: capture.calls[m].order)
+    ordered = block_modules(model, flow, capture, head)
     if ordered:
         first = next((m for m in ordered if _starts_depthwise(m, capture)), None)
         if first is ordered[0]:
@@ -74,6 +69,17 @@ def find_blocks(model: nn.Module, flow: Flow, capture: Capture, head: nn.Module 
     convs.sort(key=lambda m: capture.calls[m].order)
     remark = "no residual or inverted residual blocks: a lite residual around each k x k convolution but the first"
     return [_block(images[m], m, capture) for m in convs[1:]], remark
+
+
+def block_modules(model: nn.Module, flow: Flow, capture: Capture, head: nn.Module | None) -> list[nn.Module]:
+    """What :func:`find_blocks` calls a block, the first included, in order of execution."""
+    adders = _modules_that_add(flow)
+    images = {m: p for p, m in model.named_modules() if p and _maps_image(m, capture)}
+    layers = {m: frozenset(_layers(m)) - {head} for m in images}
+    candidates = [m for m in images if _is_candidate(m, layers[m], adders)]
+    blocks = {_with_wrapper(m, images, layers) for m in candidates if _is_innermost(m, candidates, images, layers)}
+    blocks = _not_nested(blocks | _siblings(blocks, images, layers), images)
+    return sorted(blocks, key=lambda m: capture.calls[m].order)
 
 
 def named_blocks(model: nn.Module, capture: Capture, paths: Sequence[str], known: dict[str, nn.Module]) -> list[Block]:
@@ -104,6 +110,23 @@ def named_blocks(model: nn.Module, capture: Capture, paths: Sequence[str], known
     return sorted(blocks, key=lambda b: capture.calls[b.module].order)
 
 
+def branch_geometry(resolution: int) -> tuple[int, int | None]:
+    """Kernel size and pooling factor of a lite residual.
+
+    Args:
+        resolution: Height or width of the block's input, the smaller.
+
+    Returns:
+        The kernel, 5, shrunk by 2 while it is larger than the resolution inside the branch; and 2, or None for global
+        pooling where the resolution inside is 1.
+    """
+    inside = max(1, resolution // 2)
+    kernel = 5
+    while kernel > inside:
+        kernel -= 2
+    return kernel, None if inside == 1 else 2
+
+
 def branch_for(block: Block, resolution: int, norm, like: torch.Tensor) -> LiteResidual:
     """The lite residual of one block.
 
@@ -114,21 +137,17 @@ def branch_for(block: Block, resolution: int, norm, like: torch.Tensor) -> LiteR
         like: A tensor on the device and in the dtype to use.
 
     Returns:
-        The branch. Its kernel (5) shrinks by 2 while it is larger than the resolution inside the branch; at resolution
-        1 inside, the branch pools globally.
+        The branch, with the geometry of :func:`branch_geometry`.
     """
-    inside = max(1, resolution // 2)
-    kernel = 5
-    while kernel > inside:
-        kernel -= 2
+    kernel, downsample = branch_geometry(resolution)
     channels_in, channels_out = block.input[1], block.output[1]
     lite = LiteResidual(
         channels_in,
         channels_out,
-        stride=1 if inside == 1 else block.stride,
+        stride=1 if downsample is None else block.stride,
         kernel_size=kernel,
         groups=2 if channels_in % 2 == 0 else 1,
-        downsample=None if inside == 1 else 2,
+        downsample=downsample,
         norm=norm,
     )
     return lite.to(device=like.device, dtype=like.dtype).train(block.module.training)

@@ -48,6 +48,7 @@ def to_torch(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(unwrap(model))
     detach_report(model)
     for module in list(model.modules()):
+        tnn.stop_recomputing(module)
         restore_block(module)
         restore_forward(module)
     return _plain(model, {})
@@ -91,7 +92,9 @@ def _conv(frozen: tnn.FrozenConvBias) -> nn.Module:
         frozen.padding_mode if not before else "zeros",
         device="meta",
     )
-    conv.weight, conv.bias = frozen.weight, frozen.bias
+    coded = frozen.weight_code is not None
+    conv.weight = nn.Parameter(frozen.float_weight(), requires_grad=False) if coded else frozen.weight
+    conv.bias = frozen.bias
     after = [] if frozen.activation is None else [_FUSED[frozen.activation]()]
     return nn.Sequential(*before, conv, *after) if before or after else conv
 
@@ -170,6 +173,12 @@ class WithShortcut(nn.Module):
         return x + self.convs(x)
 
 
+def _group_norm(norm: tnn.GroupNorm) -> nn.Module:
+    plain = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, norm.affine, "meta")
+    plain.weight, plain.bias = norm.weight, norm.bias
+    return plain if norm.activation is None else nn.Sequential(plain, _FUSED[norm.activation]())
+
+
 def _lite(lite: tnn.LiteResidual) -> nn.Sequential:
     pool = nn.AdaptiveAvgPool2d(1) if lite.downsample is None else nn.AvgPool2d(lite.downsample)
     names = ("conv1", "bn1", "act", "conv2", "final_bn")
@@ -189,6 +198,7 @@ def _inverted_residual(block: tnn.FrozenInvertedResidual) -> nn.Module:
 _BUILDERS = {
     tnn.FrozenInvertedResidual: _inverted_residual,
     tnn.FrozenConvBias: _conv,
+    tnn.GroupNorm: _group_norm,
     tnn.LiteResidual: _lite,
     tnn.LiteResidualBlock: _block,
     tnn.ReLU: lambda m: nn.ReLU(m.inplace),

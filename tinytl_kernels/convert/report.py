@@ -27,6 +27,27 @@ class Note:
 
 
 @dataclass
+class Quantization:
+    """Frozen weights in 8 bits.
+
+    Args:
+        code: ``"int8"`` or ``"kmeans"``.
+        layers: How many convolutions hold such a weight.
+        elements: How many numbers those are.
+        error: The largest relative error of a weight, ``|w - w8| / |w|`` in the Euclidean norm.
+        worst: The name of that layer.
+        deviation: As :attr:`ConversionReport.deviation`, with the weights in 8 bits; None if the model was not run.
+    """
+
+    code: str
+    layers: int = 0
+    elements: int = 0
+    error: float = 0.0
+    worst: str = ""
+    deviation: float | None = None
+
+
+@dataclass
 class ConversionReport:
     """Printable account of :func:`tinytl_kernels.convert`.
 
@@ -42,7 +63,9 @@ class ConversionReport:
         trained_elements: How many numbers those are.
         frozen_elements: How many parameters are frozen.
         deviation: Largest difference between the outputs of the stock and the converted backbone on the example
-            input, relative to the largest output; None if the model could not be run.
+            input, relative to the largest output; None if the model could not be run. Of weights in 8 bits,
+            :attr:`Quantization.deviation` tells.
+        quantization: What ``weight_bits=8`` did, else None.
     """
 
     model: str
@@ -56,6 +79,7 @@ class ConversionReport:
     trained_elements: int = 0
     frozen_elements: int = 0
     deviation: float | None = None
+    quantization: Quantization | None = None
 
     def __str__(self) -> str:
         total = self.trained_elements + self.frozen_elements
@@ -69,6 +93,8 @@ class ConversionReport:
             lines.append("outputs: not compared with the stock model's (it was not run)")
         else:
             lines.append(f"outputs: as the stock model's in evaluation mode, relative difference {self.deviation:.1e}")
+        if self.quantization is not None:
+            lines += _quantization_lines(self.quantization, self.frozen_elements)
         for title, notes in (
             ("swapped", self.done),
             ("lite residuals", self.branches),
@@ -81,6 +107,16 @@ class ConversionReport:
             lines.append("warnings:")
             lines += [f"  {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def _quantization_lines(done: Quantization, frozen: int) -> list[str]:
+    lines = [
+        f"8-bit weights ({done.code}): {done.elements:,} of {frozen:,} frozen parameters, in {done.layers} "
+        f"convolutions; largest relative error {done.error:.1e} ({done.worst or 'none'})"
+    ]
+    if done.deviation is not None:
+        lines.append(f"outputs with 8-bit weights: relative difference {done.deviation:.1e} from the stock model's")
+    return lines
 
 
 def _table(notes: list[Note]) -> list[str]:

@@ -76,6 +76,8 @@ class Surgery:
                 self._swap_norm(norm)
             else:
                 self._keep(norm, "trained: keeps its input")
+        for norm in self._left(lambda m: type(m) is nn.GroupNorm):
+            self._swap_group_norm(norm)
         for module in self._left(lambda m: plain_activation(m) is not None):
             self._swap_activation(module)
         for module in self._left(lambda m: True):
@@ -150,6 +152,18 @@ class Surgery:
             self.place(behind, self._identity(behind))
         self.place(norm, frozen if tail is None else nn.Sequential(frozen, tail).train(norm.training))
         self._done(norm, "statistics frozen: a scale and a bias" + (", activation fused" if activation else ""))
+
+    def _swap_group_norm(self, norm: nn.GroupNorm) -> None:
+        if reason := self.links.out_of_reach(norm) or tampered(norm):
+            self._keep(norm, f"keeps its input: {reason}")
+            return
+        behind = self.links.after(norm)
+        plain = None if behind is None or behind in self.twins else plain_activation(behind)
+        name = None if plain is None or self.keep_apart(norm, behind) else activation_name(plain)
+        self.place(norm, tnn.GroupNorm.from_norm(norm, name))
+        if name is not None:
+            self.place(behind, self._identity(behind))
+        self._done(norm, "keeps its input" + (f", {type(behind).__name__} fused and keeps nothing" if name else ""))
 
     def _swap_activation(self, module: nn.Module) -> None:
         reason = tampered(module)

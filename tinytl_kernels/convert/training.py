@@ -31,7 +31,7 @@ def set_trained(model: nn.Module, method: str, head: nn.Module | None) -> tuple[
     if method == "norm+last":
         trained.update(p for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False))
     if method in ("bias", "lite_residual+bias"):
-        trained.update(p for n, p in model.named_parameters() if n.endswith("bias") and p not in in_branches)
+        trained.update(p for n, p in model.named_parameters() if n.endswith("bias"))
     if method in ("lite_residual", "lite_residual+bias"):
         trained.update(in_branches)
     if method == "lite_residual+bias":

@@ -13,8 +13,10 @@ from tinytl_kernels.nn.activation import (
 from tinytl_kernels.nn.dropout import Dropout
 from tinytl_kernels.nn.frozen_conv import FrozenConvBias
 from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
+from tinytl_kernels.nn.group_norm import GroupNorm
 from tinytl_kernels.nn.lite_residual import LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from tinytl_kernels.nn.recomputed import Recomputed, recompute, stop_recomputing
 
 __all__ = [
     "GELU",
@@ -23,6 +25,7 @@ __all__ = [
     "Dropout",
     "FrozenConvBias",
     "FrozenInvertedResidual",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
     "LeakyReLU",
@@ -31,6 +34,9 @@ __all__ = [
     "MaxPool2d",
     "ReLU",
     "ReLU6",
+    "Recomputed",
     "SiLU",
     "activation_name",
+    "recompute",
+    "stop_recomputing",
 ]

@@ -9,16 +9,18 @@ from tinytl_kernels.core.activations import check_activation
 from tinytl_kernels.core.geometry import same_padding, tensorflow_same_padding
 from tinytl_kernels.nn.activation import activation_name
 from tinytl_kernels.nn.fold import AppliedConvolution, applied_convolution, fold_batch_norm
+from tinytl_kernels.nn.quantized import QuantizableWeight
 
 TENSORFLOW_SAME = "tf_same"
 
 
-class FrozenConvBias(nn.Conv2d):
+class FrozenConvBias(QuantizableWeight, nn.Conv2d):
     """A 2-D convolution with a frozen weight, a trained bias and an optional activation, in one operator.
 
     ``nn.Conv2d`` keeps its input for backward even where its weight is frozen. This one keeps its weight (by
     reference) and, for an activation of the ReLU family, one bit an output element: never the input, never the output.
-    Same arguments, parameters and state_dict as ``nn.Conv2d``; TinyTL, section 3.1.
+    Same arguments, parameters and state_dict as ``nn.Conv2d``; TinyTL, section 3.1. ``quantize_()`` holds the weight in
+    8 bits: the ``state_dict`` then has ``weight`` as int8 or uint8 and ``weight_scale``, and one of floats still loads.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, padding_mode, device, dtype:
@@ -82,6 +84,7 @@ class FrozenConvBias(nn.Conv2d):
             self.padding = padding if isinstance(padding, str) else tuple(padding)
         self.activation = activation
         self.weight.requires_grad_(False)
+        self.register_buffer("weight_scale", None)
 
     @classmethod
     def from_conv(
@@ -121,9 +124,8 @@ class FrozenConvBias(nn.Conv2d):
                     f"conv: its activation {conv.activation!r} comes first; nothing can be folded behind it"
                 )
             activation = activation or conv.activation
-            applied = AppliedConvolution(
-                conv.weight.detach(), conv.bias if conv.bias is None else conv.bias.detach(), conv.padding
-            )
+            bias = conv.bias if conv.bias is None else conv.bias.detach()
+            applied = AppliedConvolution(conv.float_weight(), bias, conv.padding)
         else:
             applied = applied_convolution(conv)
         weight, bias = applied.weight, applied.bias
@@ -162,8 +164,9 @@ class FrozenConvBias(nn.Conv2d):
                 input = ops.pad2d(input, padding, self.padding_mode)
             padding = (0, 0, 0, 0)
         return ops.frozen_conv(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.activation
-        )
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.activation,
+            weight_scale=self.weight_scale,
+        )  # fmt: skip
 
     def refuse_trained_weight(self) -> None:
         """Raise ``RuntimeError`` if somebody set the weight to require a gradient, which would never come."""
@@ -195,4 +198,6 @@ class FrozenConvBias(nn.Conv2d):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.activation is None else f"{text}, activation={self.activation}"
+        if self.activation is not None:
+            text += f", activation={self.activation}"
+        return text if self.weight_code is None else f"{text}, weight={self.weight_code}"

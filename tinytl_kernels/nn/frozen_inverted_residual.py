@@ -109,18 +109,20 @@ class FrozenInvertedResidual(nn.Module):
         if not self.fused:
             output = self.project(self.depthwise(input if self.expand is None else self.expand(input)))
             return input + output if self.residual else output
-        return ops.frozen_inverted_residual(*self._arguments(input))
+        arguments, scales = self._arguments(input)
+        return ops.frozen_inverted_residual(*arguments, **scales)
 
     def forward_with_pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """(output, 2x2 average pooling of the input): the port that a lite residual joins by."""
-        return ops.frozen_inverted_residual_pooled(*self._arguments(input))
+        arguments, scales = self._arguments(input)
+        return ops.frozen_inverted_residual_pooled(*arguments, **scales)
 
-    def _arguments(self, input: Tensor) -> tuple:
+    def _arguments(self, input: Tensor) -> tuple[tuple, dict[str, Tensor | None]]:
         expand, depthwise, project = self.expand, self.depthwise, self.project
         for conv in (expand, depthwise, project):
             if conv is not None:
                 conv.refuse_trained_weight()
-        return (
+        arguments = (
             input,
             None if expand is None else expand.weight,
             None if expand is None else expand.bias,
@@ -133,6 +135,26 @@ class FrozenInvertedResidual(nn.Module):
             depthwise.activation,
             self.residual,
         )
+        scales = {
+            "expand_scale": None if expand is None else expand.weight_scale,
+            "depthwise_scale": depthwise.weight_scale,
+            "project_scale": project.weight_scale,
+        }
+        return arguments, scales
+
+    def quantize_(self, code: str = "int8") -> FrozenInvertedResidual:
+        """Hold the three weights in 8 bits; see :meth:`FrozenConvBias.quantize_`. Returns the block itself."""
+        for conv in (self.expand, self.depthwise, self.project):
+            if conv is not None:
+                conv.quantize_(code)
+        return self
+
+    def dequantize_(self) -> FrozenInvertedResidual:
+        """Hold the three weights in floating point again. Returns the block itself."""
+        for conv in (self.expand, self.depthwise, self.project):
+            if conv is not None:
+                conv.dequantize_()
+        return self
 
     def extra_repr(self) -> str:
         return f"residual={self.residual}"

@@ -13,6 +13,7 @@ from tinytl_kernels import ops
 from tinytl_kernels.core.activations import check_activation
 from tinytl_kernels.nn.activation import ReLU, ReLU6
 from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
+from tinytl_kernels.nn.pooling import AvgPool2d
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
@@ -27,8 +28,12 @@ class LiteResidual(nn.Module):
         x -> average pool -> grouped k x k conv -> norm -> activation -> 1x1 conv -> norm
 
     Its result has the branch's own small resolution: :class:`LiteResidualBlock` interpolates it while adding it to the
-    main branch. The last norm's weight starts at zero, so that a new branch changes nothing. For backward only the
-    pooled input is kept and the rest of the branch (about 4 % of a block's arithmetic) is computed again.
+    main branch. The last norm's weight starts at zero, so that a new branch changes nothing.
+
+    With BatchNorms or GroupNorms everything after the pooling is one operator
+    (:func:`tinytl_kernels.ops.lite_branch`): the children hold its parameters, and their forward hooks do not run. With
+    the attribute ``fused`` set to False, as with any other norm, they are called one after the other instead. For
+    backward the pooled input and the result of the first convolution are kept; what follows is computed again.
 
     Args:
         in_channels, out_channels: of the block that the branch goes around.
@@ -39,7 +44,8 @@ class LiteResidual(nn.Module):
         downsample: factor of the average pooling; None pools globally (1x1 convolutions then: pass kernel_size=1).
         activation: ``"relu"`` or ``"relu6"``.
         norm: ``norm(channels) -> nn.Module``.
-        recompute: keep only the pooled input for backward; False keeps what autograd keeps, and saves the arithmetic.
+        recompute: keep only the pooled input for backward and compute the first convolution, about nine tenths of the
+            branch's arithmetic, again too.
 
     Shape:
         (N, in_channels, H, W) in; (N, out_channels, h, w) out, with h = ceil(floor(H / downsample) / stride).
@@ -53,6 +59,8 @@ class LiteResidual(nn.Module):
         torch.Size([1, 24, 7, 7])
     """
 
+    fused = True
+
     def __init__(
         self,
         in_channels: int,
@@ -65,7 +73,7 @@ class LiteResidual(nn.Module):
         downsample: int | None = 2,
         activation: str = "relu",
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        recompute: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         inner = make_divisible(in_channels * expand)
@@ -99,16 +107,19 @@ class LiteResidual(nn.Module):
 
     def forward_pooled(self, pooled: Tensor) -> Tensor:
         """The branch after its pooling: (N, in_channels, H / downsample, W / downsample) -> (N, out_channels, h, w)."""
+        if self.fused and self._is_one_operator(pooled):
+            return self._one_operator(pooled)
+        kept, rest = (pooled, self._branch) if self.recompute else (self.conv1(pooled), self._after_conv1)
         # The compiler decides by itself what to recompute.
-        if self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return checkpoint(
-                self._branch,
-                pooled,
+                rest,
+                kept,
                 use_reentrant=False,
                 preserve_rng_state=False,  # nothing in the branch is random
                 context_fn=lambda: (contextlib.nullcontext(), self._as_in_forward(self._norm_modes())),
             )
-        return self._branch(pooled)
+        return rest(kept)
 
     def pool(self, input: Tensor) -> Tensor:
         """Average pooling of the block's input: (N, C, H, W) -> (N, C, H / downsample, W / downsample)."""
@@ -116,8 +127,55 @@ class LiteResidual(nn.Module):
             return input.mean((2, 3), keepdim=True)
         return ops.avg_pool2d(input, self.downsample)
 
+    def _one_operator(self, pooled: Tensor) -> Tensor:
+        output, *statistics = ops.lite_branch(
+            pooled,
+            self.conv1.weight,
+            _as_operand(self.bn1),
+            self.conv2.weight,
+            _as_operand(self.final_bn),
+            self.conv1.stride[0],
+            self.conv1.groups,
+            _ACTIVATION_NAMES[type(self.act)],
+            not self.recompute,
+        )
+        pixels = output.numel() // output.size(1)
+        for norm, (mean, var) in zip((self.bn1, self.final_bn), statistics, strict=True):
+            if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
+                _update_running_statistics(norm, mean, var, pixels)
+        return output
+
+    def _is_one_operator(self, pooled: Tensor) -> bool:
+        """Whether the operator computes what the children would: they may have been replaced since."""
+        conv1, conv2, norms = self.conv1, self.conv2, (self.bn1, self.final_bn)
+        if (
+            any(type(conv) is not nn.Conv2d or conv.bias is not None for conv in (conv1, conv2))
+            or any(type(norm) not in (nn.BatchNorm2d, nn.GroupNorm) for norm in norms)
+            # Pruning and weight_norm compute the weight in a hook.
+            or any(module._parameters.get("weight") is None for module in (conv1, conv2, *norms))
+            or type(self.act) not in _ACTIVATION_NAMES
+        ):
+            return False
+        k, stride = conv1.kernel_size[0], conv1.stride[0]
+        if (
+            (conv1.kernel_size, conv1.stride, conv1.dilation) != ((k, k), (stride, stride), (1, 1))
+            or (k % 2, conv1.padding, conv1.padding_mode) != (1, (k // 2, k // 2), "zeros")
+            or (conv2.kernel_size, conv2.stride, conv2.padding, conv2.groups) != ((1, 1), (1, 1), (0, 0), 1)
+        ):
+            return False
+        # PyTorch's own errors name what does not fit, and what cannot be normalised.
+        if pooled.dim() != 4 or pooled.size(1) != conv1.in_channels or pooled.numel() == 0:
+            return False
+        # In this order: the meta device knows no autocast.
+        same = pooled.dtype == conv1.weight.dtype == conv2.weight.dtype or torch.is_autocast_enabled(pooled.device.type)
+        one_pixel = pooled.size(0) == 1 and max(pooled.shape[2:]) <= stride
+        return same and not (one_pixel and any(map(_normalises_channels, norms)))
+
     def _branch(self, pooled: Tensor) -> Tensor:
-        return self.final_bn(self.conv2(self.act(self.bn1(self.conv1(pooled)))))
+        return self._after_conv1(self.conv1(pooled))
+
+    def _after_conv1(self, filtered: Tensor) -> Tensor:
+        return self.final_bn(self.conv2(self.act(self.bn1(filtered))))
 
     def _norm_modes(self) -> list[bool]:
         return [norm.training for norm in (self.bn1, self.final_bn)]
@@ -143,6 +201,37 @@ class LiteResidual(nn.Module):
 
 
 _ACTIVATIONS = {"relu": ReLU, "relu6": ReLU6}
+_ACTIVATION_NAMES = {ReLU: "relu", ReLU6: "relu6", nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+def _as_operand(norm: nn.BatchNorm2d | nn.GroupNorm) -> ops.Norm:
+    if isinstance(norm, nn.GroupNorm):
+        return ops.Norm(norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
+    running = (None, None) if _uses_batch(norm) else (norm.running_mean, norm.running_var)
+    return ops.Norm(norm.weight, norm.bias, *running, eps=norm.eps)
+
+
+def _uses_batch(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _normalises_channels(norm: nn.BatchNorm2d | nn.GroupNorm) -> bool:
+    """Whether each channel has statistics of its own, taken from the input."""
+    return norm.num_groups == norm.num_channels if isinstance(norm, nn.GroupNorm) else _uses_batch(norm)
+
+
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, values: int) -> None:
+    """As ``BatchNorm2d.forward``, from the mean and biased variance of ``values`` values a channel."""
+    share = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if share is None:  # the average of all batches
+            share = norm.num_batches_tracked.reciprocal()
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    share = 0.0 if share is None else share
+    for running, measured in ((norm.running_mean, mean), (norm.running_var, var * (values / (values - 1)))):
+        running.lerp_(measured.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
 
 
 class LiteResidualBlock(nn.Module):
@@ -168,20 +257,27 @@ class LiteResidualBlock(nn.Module):
         self.lite = lite
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._shares_pooling():
-            output, pooled = self.main.forward_with_pooled(input)
-            return ops.upsample_add(output, self.lite.forward_pooled(pooled))
-        output = self.main(input)
-        return ops.upsample_add(output, self.lite(input))
+        after_pooling = self._after_pooling()
+        if after_pooling is None:
+            output = self.main(input)
+            return ops.upsample_add(output, self.lite(input))
+        output, pooled = self.main.forward_with_pooled(input)
+        branch = after_pooling(pooled)
+        del pooled  # a frozen branch does not need it any more, and the sum is the widest moment
+        return ops.upsample_add(output, branch)
 
-    def _shares_pooling(self) -> bool:
-        # The fused block averages its input 2 x 2 while it streams it anyway.
-        return (
-            isinstance(self.main, FrozenInvertedResidual)
-            and self.main.fused
-            and isinstance(self.lite, LiteResidual)
-            and self.lite.downsample == 2
-        )
+    def _after_pooling(self) -> Callable[[Tensor], Tensor] | None:
+        """The branch without its pooling, where the fused block averages its input 2 x 2 while it streams it anyway."""
+        if not (isinstance(self.main, FrozenInvertedResidual) and self.main.fused):
+            return None
+        if isinstance(self.lite, LiteResidual):
+            return self.lite.forward_pooled if self.lite.downsample == 2 else None
+        # A frozen branch is a Sequential of what is left of it.
+        if type(self.lite) is nn.Sequential and len(self.lite) > 1 and type(self.lite[0]) is AvgPool2d:
+            pool = self.lite[0]
+            plain = (pool.kernel_size, pool.stride, pool.padding, pool.divisor_override) == (2, 2, 0, None)
+            return self.lite[1:] if plain and not pool.ceil_mode else None
+        return None
 
     def __getattr__(self, name: str):
         try:
