@@ -7,24 +7,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.operators import DTYPES, cases, difference
 from tests.checks import assert_as_exact_as_torch
 from tinytl_kernels.backends import reference
+from tinytl_kernels.backends.triton import choice, whole_block
 from tinytl_kernels.backends.triton.operators import OPERATORS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees"),
 ]
-
-# (N, C, H, W), (O, C / groups, kH, kW), stride, (top, bottom, left, right), groups
-GEOMETRIES = {
-    "pointwise": ((8, 24, 28, 28), (144, 24, 1, 1), (1, 1), (0, 0, 0, 0), 1),
-    "pointwise, deep": ((8, 960, 7, 7), (160, 960, 1, 1), (1, 1), (0, 0, 0, 0), 1),
-    "pointwise, stride 2": ((4, 64, 15, 14), (96, 64, 1, 1), (2, 2), (0, 0, 0, 0), 1),
-    "depthwise": ((8, 144, 28, 28), (144, 1, 3, 3), (1, 1), (1, 1, 1, 1), 144),
-    "depthwise, stride 2": ((4, 96, 57, 56), (96, 1, 5, 5), (2, 2), (1, 2, 2, 2), 96),
-    "dense": ((4, 64, 14, 14), (64, 64, 3, 3), (1, 1), (1, 1, 1, 1), 1),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -36,31 +28,30 @@ def float32_in_full():
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_forward_and_backward_are_as_exact_as_pytorchs(geometry, dtype, layout):
-    size, weight_size, stride, padding, groups = GEOMETRIES[geometry]
-    last = layout == "channels_last"
-    fan_in = weight_size[1] * weight_size[2] * weight_size[3]
-    x = torch.randn(size, device="cuda", dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    weight = (torch.randn(weight_size, device="cuda") / fan_in**0.5).to(dtype)
-    bias = torch.randn(weight_size[0], device="cuda", dtype=dtype)
-    shape = (stride, padding, (1, 1), groups)
-    # Without an activation, whose corners would turn a rounding into another mask bit.
-    ours, _ = OPERATORS["frozen_conv"](x, weight, bias, *shape, None, True)
-    stock, _ = reference.OPERATORS["frozen_conv"](x, weight, bias, *shape, None, True)
-    exact, _ = reference.OPERATORS["frozen_conv"](x.double(), weight.double(), bias.double(), *shape, None, True)
-    assert_as_exact_as_torch("output", ours, stock, exact)
-    _, mask = reference.OPERATORS["frozen_conv"](x, weight, bias, *shape, "relu6", True)
-    grad = torch.randn_like(ours)
-    rest = (mask, size, *shape, "relu6", last, True, True)
-    ours = OPERATORS["frozen_conv_backward"](grad, weight, *rest)
-    stock = reference.OPERATORS["frozen_conv_backward"](grad, weight, *rest)
-    exact = reference.OPERATORS["frozen_conv_backward"](grad.double(), weight.double(), *rest)
-    for name, a, b, c in zip(("grad_input", "grad_bias"), ours, stock, exact, strict=True):
-        assert_as_exact_as_torch(name, a, b, c)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
+def test_forward_and_backward_are_as_exact_as_the_reference(case, dtype):
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    found = difference(case, dtype, torch.device("cuda"), "triton")
+    assert found.right, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in cases() if "dense" in c.name or "grouped" in c.name], ids=lambda c: c.name)
+def test_the_implicit_product_is_as_exact_as_the_reference(case, dtype, monkeypatch):
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, choice.IMPLICIT_GEMM)
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    found = difference(case, dtype, torch.device("cuda"), "triton")
+    assert found.right, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [c for c in cases() if c.name.startswith("block")], ids=lambda c: c.name)
+def test_a_block_in_one_kernel_is_as_exact_as_the_reference(case, dtype, monkeypatch):
+    monkeypatch.setenv(whole_block.ENVIRONMENT_VARIABLE, whole_block.ONE_KERNEL)
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    found = difference(case, dtype, torch.device("cuda"), "triton")
+    assert found.right, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -72,6 +63,35 @@ def test_masks_agree_in_every_bit_where_sums_are_exact(dtype):
         OPERATORS["frozen_conv"](*arguments), reference.OPERATORS["frozen_conv"](*arguments), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_group_norm_is_as_exact_as_pytorchs(dtype):
+    x = (torch.randn(4, 96, 28, 28, device="cuda") + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 96, device="cuda")
+    arguments = (weight, bias, 12, 1e-5, None, False)
+    ours = OPERATORS["group_norm_activation"](x, *arguments)
+    stock = reference.OPERATORS["group_norm_activation"](x, *arguments)
+    exact = reference.OPERATORS["group_norm_activation"](x.double(), weight.double(), bias.double(), *arguments[2:])
+    for name, a, b, c in zip(("output", "mean", "rstd"), ours, stock, exact, strict=False):
+        assert_as_exact_as_torch(name, a, b, c)
+    kept, grad = (x, *stock[1:3], stock[2]), torch.randn_like(x)
+    rest = (weight, bias, 12, None, [True] * 3)
+    ours = OPERATORS["group_norm_activation_backward"](grad, *kept, *rest)
+    stock = reference.OPERATORS["group_norm_activation_backward"](grad, *kept, *rest)
+    exact = reference.OPERATORS["group_norm_activation_backward"](
+        grad.double(), *(t.double() for t in kept), weight.double(), bias.double(), *rest[2:]
+    )
+    for name, a, b, c in zip(("grad_input", "grad_weight", "grad_bias"), ours, stock, exact, strict=True):
+        assert_as_exact_as_torch(name, a, b, c)
+
+
+def test_dropout_keeps_as_many_and_its_gradient_follows_the_bits():
+    x = torch.ones(256, 1280, device="cuda", dtype=torch.bfloat16)
+    output, mask = OPERATORS["dropout"](x, 0.2)
+    assert abs((output != 0).double().mean().item() - 0.8) < 5 * (0.16 / x.numel()) ** 0.5
+    assert torch.equal(OPERATORS["dropout_backward"](x, mask, 0.2), output)
+    assert not torch.equal(OPERATORS["dropout"](x, 0.2)[1], mask)
 
 
 def test_a_cuda_graph_captures_forward_and_backward():

@@ -200,7 +200,7 @@ def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool
     output = torch.empty_like(input)
     needs_mask = needs_mask and name in BIT_MASK
     mask = input.new_empty(mask_size(input.shape) if needs_mask else 0, dtype=torch.uint8)
-    activate_into(image, None, name, _image_like(output), mask if needs_mask else None, negative_slope)
+    activate_into(image, None, name, image_like(output), mask if needs_mask else None, negative_slope)
     return output, mask
 
 
@@ -212,13 +212,14 @@ def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_
     if image is None or value is None:
         return reference.activation_gradient(grad_output, saved, name, negative_slope)
     grad_input = torch.empty_like(grad_output)
-    gradient_into(image, value, name, _image_like(grad_input), None, negative_slope)
+    gradient_into(image, value, name, image_like(grad_input), None, negative_slope)
     return grad_input
 
 
-def _image_like(output: Tensor) -> Tensor:
+def image_like(output: Tensor) -> Tensor:
+    """:func:`as_image` of what ``torch.empty_like`` made of a tensor that has such a view: it has one too."""
     image = as_image(output)
-    assert image is not None  # torch.empty_like of what has such a view has one
+    assert image is not None
     return image
 
 

@@ -23,22 +23,37 @@ def unpack_bits(packed, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def load_bits(mask, pixel, inside, first_channel, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Booleans (ROWS, CHANNELS) of ``mask`` at the flat indices ``pixel`` (ROWS,), where ``inside``; 0 elsewhere.
+def mask_place(pixel, inside, first_channel, channels, mask_channels, CHANNELS: tl.constexpr):
+    """(offsets, where they are valid), both (ROWS, CHANNELS / 8), of a tile's bytes in a mask.
 
-    ``mask`` is uint8 (pixels, ceil(channels / 8)); ``first_channel`` is a multiple of 8.
+    ``channels`` is where the tile's channels end at the latest; ``mask_channels``, how many a pixel of the mask has if
+    that is more: a tile of one group of several. ``first_channel`` is a multiple of 8.
     """
-    width = (channels + 7) // 8
+    end = (channels + 7) // 8
+    if mask_channels is None:
+        row_bytes = end
+    else:
+        row_bytes = (mask_channels + 7) // 8
     byte = first_channel // 8 + tl.arange(0, CHANNELS // 8)
-    where = inside[:, None] & (byte < width)[None, :]
-    packed = tl.load(mask + pixel[:, None] * width + byte[None, :], mask=where, other=0)
-    return unpack_bits(packed, ROWS, CHANNELS)
+    return pixel[:, None] * row_bytes + byte[None, :], inside[:, None] & (byte < end)[None, :]
 
 
 @triton.jit
-def store_bits(mask, bits, pixel, inside, first_channel, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def load_bits(
+    mask, pixel, inside, first_channel, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, mask_channels=None
+):
+    """Booleans (ROWS, CHANNELS) of ``mask`` at the flat indices ``pixel`` (ROWS,), where ``inside``; 0 elsewhere.
+
+    ``mask`` is uint8 (pixels, ceil(channels / 8)); see :func:`mask_place`.
+    """
+    offset, valid = mask_place(pixel, inside, first_channel, channels, mask_channels, CHANNELS)
+    return unpack_bits(tl.load(mask + offset, mask=valid, other=0), ROWS, CHANNELS)
+
+
+@triton.jit
+def store_bits(
+    mask, bits, pixel, inside, first_channel, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, mask_channels=None
+):
     """The opposite of :func:`load_bits`. ``bits`` beyond the last channel must be 0."""
-    width = (channels + 7) // 8
-    byte = first_channel // 8 + tl.arange(0, CHANNELS // 8)
-    where = inside[:, None] & (byte < width)[None, :]
-    tl.store(mask + pixel[:, None] * width + byte[None, :], pack_bits(bits, ROWS, CHANNELS), mask=where)
+    offset, valid = mask_place(pixel, inside, first_channel, channels, mask_channels, CHANNELS)
+    tl.store(mask + offset, pack_bits(bits, ROWS, CHANNELS), mask=valid)

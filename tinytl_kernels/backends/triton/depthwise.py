@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +16,10 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.phases import first_tap, grad_shift, phase_steps, window_constants
 from tinytl_kernels.backends.triton.tiles import ANY_SIZE, Tiles, cut, tile_coordinates
 from tinytl_kernels.core.activations import LEAKY_SLOPE
+from tinytl_kernels.core.quantization import dequantize
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -66,28 +66,6 @@ def depthwise_kernel(
         DTYPE, ACTIVATION, SAVE, TILE_H * TILE_W, BLOCK_C,
     )  # fmt: skip
     tl.store(output + offset, y.to(DTYPE), mask=inside[:, None] & (c < channels)[None, :])
-
-
-@triton.jit
-def first_tap(phase, PAD: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, KERNEL: tl.constexpr,
-              STEP: tl.constexpr):  # fmt: skip
-    """The first tap that read input positions = ``phase`` (mod STRIDE), of which every STEP-th did; or KERNEL."""
-    first = KERNEL
-    for k in tl.static_range(STEP):
-        # STRIDE * KERNEL * DILATION keeps the dividend positive.
-        reads = (phase + PAD + STRIDE * KERNEL * DILATION - k * DILATION) % STRIDE == 0
-        first = tl.where(reads, k, first)
-    return first
-
-
-@triton.jit
-def grad_shift(tap, phase, PAD: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, KERNEL: tl.constexpr):
-    """How far the output position that read input position ``phase`` through ``tap`` lies from output position 0.
-
-    Far outside of every image for a tap beyond the window. The difference is a multiple of the stride, so that the
-    division, which rounds to zero, is exact.
-    """
-    return tl.where(tap < KERNEL, (phase + PAD - tap * DILATION) // STRIDE, -(1 << 24))
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -163,23 +141,17 @@ def depthwise_backward_kernel(
     tl.store(grad_input + offset[:, None] + c[None, :] * input_c, total.to(DTYPE), mask=valid)
 
 
-def taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def taps_first(weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     """(C, 1, kH, kW) -> (kH kW, C) in ``dtype``: a copy of a few kilobytes that makes every tap one wide load.
 
     As it is, neighbouring channels lie a window apart, and loading them one by one takes as long as the data does.
+    ``scale`` is that of a weight in 8 bits, else None.
     """
-    return weight.flatten(1).t().to(dtype).contiguous()
+    return dequantize(weight, scale, dtype).flatten(1).t().contiguous()
 
 
 def _extent(weight: Tensor, dilation) -> tuple[int, int]:
     return (weight.size(2) - 1) * dilation[0] + 1, (weight.size(3) - 1) * dilation[1] + 1
-
-
-def _window(weight: Tensor, stride, padding, dilation) -> dict[str, int]:
-    return dict(
-        KERNEL_H=weight.size(2), KERNEL_W=weight.size(3), STRIDE_H=stride[0], STRIDE_W=stride[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], PAD_TOP=padding[0], PAD_LEFT=padding[2],
-    )  # fmt: skip
 
 
 def depthwise(
@@ -199,7 +171,7 @@ def depthwise(
     taps = taps_first(weight, input.dtype) if taps is None else taps
     n, channels, height, width = input.shape
     out_height, out_width = output.shape[2:]
-    tiles = cut(out_height, out_width, channels, tuple(stride), _extent(weight, dilation))
+    tiles = cut(out_height, out_width, channels, tuple(stride), _extent(weight, dilation), input.dtype)
     unit = stride_unit(channels, False, input, output)
     start(
         Launch(
@@ -214,19 +186,19 @@ def depthwise(
             dict(
                 DTYPE=TRITON_DTYPE[output.dtype], ACTIVATION=activation,
                 SAVE=saved_kind(activation, saved is not None), WIDE=needs_wide_offsets(input, output), UNIT=unit,
-                **_window(weight, stride, padding, dilation), **tiles.constants,
+                **window_constants(weight, stride, padding, dilation), **tiles.constants,
             ),
             num_warps=tiles.num_warps,
         )
     )  # fmt: skip
 
 
-def backward_tiles(input_size, grad_size, weight: Tensor, stride, dilation) -> Tiles:
+def backward_tiles(input_size, grad_size, weight: Tensor, stride, dilation, dtype: torch.dtype) -> Tiles:
     """Tiles of the backward, which cover one phase of the input and grad_output; bias sums have ``rows(N)`` rows."""
     height = max(triton.cdiv(input_size[2], stride[0]), grad_size[2])
     width = max(triton.cdiv(input_size[3], stride[1]), grad_size[3])
     span_h, span_w = (triton.cdiv(span, step) for span, step in zip(_extent(weight, dilation), stride, strict=True))
-    return cut(height, width, input_size[1], (1, 1), (span_h, span_w))
+    return cut(height, width, input_size[1], (1, 1), (span_h, span_w), dtype)
 
 
 def depthwise_backward(
@@ -245,8 +217,8 @@ def depthwise_backward(
     taps = taps_first(weight, grad_input.dtype) if taps is None else taps
     n, channels, height, width = grad_input.shape
     out_height, out_width = grad_output.shape[2:]
-    tiles = backward_tiles(grad_input.shape, grad_output.shape, weight, stride, dilation)
-    step_h, step_w = (s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
+    tiles = backward_tiles(grad_input.shape, grad_output.shape, weight, stride, dilation, grad_input.dtype)
+    step_h, step_w = phase_steps(stride, dilation)
     save = saved_kind(activation)
     value = saved if save == "value" else None
     unit = stride_unit(channels, False, grad_output, value, grad_input)
@@ -264,7 +236,7 @@ def depthwise_backward(
             dict(
                 DTYPE=TRITON_DTYPE[grad_input.dtype], ACTIVATION=activation, SAVE=save,
                 WIDE=needs_wide_offsets(grad_output, value, grad_input, grad_bias), UNIT=unit,
-                **_window(weight, stride, padding, dilation), STEP_H=step_h, STEP_W=step_w,
+                **window_constants(weight, stride, padding, dilation), STEP_H=step_h, STEP_W=step_w,
                 TAPS_H=triton.cdiv(weight.size(2), step_h), TAPS_W=triton.cdiv(weight.size(3), step_w),
                 **tiles.constants,
             ),

@@ -93,17 +93,19 @@ def gradient_by_value(grad, x, ACTIVATION: tl.constexpr):
 def save_and_activate(
     x, saved, saved_offset, pixel, inside, first_channel, channels, slope,
     DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    mask_channels=None,
 ):  # fmt: skip
     """f(x) of a float32 tile x, after storing what the derivative needs.
 
     x is rounded to the output's dtype first: mask and value must be those of the number that PyTorch would have stored.
-    ``saved_offset`` (ROWS, CHANNELS) is for a saved value, ``pixel`` (ROWS,) for a mask; ``inside`` (ROWS,).
+    ``saved_offset`` (ROWS, CHANNELS) is for a saved value, ``pixel`` (ROWS,) for a mask; ``inside`` (ROWS,). Where the
+    tile is of one group of channels, ``channels`` is the group's end and ``mask_channels`` all groups' channels.
     """
     x = x.to(DTYPE).to(tl.float32)
     valid = (first_channel + tl.arange(0, CHANNELS) < channels)[None, :]
     if SAVE == "mask":
         bits = passes(x, ACTIVATION) & valid
-        store_bits(saved, bits, pixel, inside, first_channel, channels, ROWS, CHANNELS)
+        store_bits(saved, bits, pixel, inside, first_channel, channels, ROWS, CHANNELS, mask_channels)
     elif SAVE == "value":
         tl.store(saved + saved_offset, x.to(DTYPE), mask=inside[:, None] & valid)
     return activate(x, slope, ACTIVATION)
@@ -113,12 +115,13 @@ def save_and_activate(
 def load_gradient(
     grad_output, grad_offset, saved, saved_offset, pixel, inside, first_channel, channels, slope,
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    mask_channels=None,
 ):  # fmt: skip
     """f' * grad_output, a float32 tile; 0 outside. Arguments as in :func:`save_and_activate`."""
     valid = inside[:, None] & (first_channel + tl.arange(0, CHANNELS) < channels)[None, :]
     grad = tl.load(grad_output + grad_offset, mask=valid, other=0.0).to(tl.float32)
     if SAVE == "mask":
-        bits = load_bits(saved, pixel, inside, first_channel, channels, ROWS, CHANNELS)
+        bits = load_bits(saved, pixel, inside, first_channel, channels, ROWS, CHANNELS, mask_channels)
         grad = gradient_by_bits(grad, bits, slope, ACTIVATION)
     elif SAVE == "value":
         x = tl.load(saved + saved_offset, mask=valid, other=0.0).to(tl.float32)

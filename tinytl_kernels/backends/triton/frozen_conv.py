@@ -1,7 +1,7 @@
-"""Frozen convolution on the GPU: which kernels compute it, by its shape.
+"""Frozen convolution on the GPU: its operators, put together from kernels.
 
-1x1 and depthwise convolutions are ours. Dense and grouped k x k are cuDNN's, between a kernel that applies bias,
-activation and mask to its output in place, and one that applies the mask to the gradient before it.
+Pointwise, depthwise and dense kernels of our own, or cuDNN's, between a kernel that applies bias, activation and mask
+to its output in place, and one that applies the mask to the gradient before it; ``choice`` says which.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from torch import Tensor
 from tinytl_kernels.backends.reference import frozen_conv as reference
 from tinytl_kernels.backends.reference.slabs import image_chunks
 from tinytl_kernels.backends.triton.activation import activate_into, gradient_into, gradient_tiles
-from tinytl_kernels.backends.triton.depthwise import backward_tiles, depthwise, depthwise_backward
+from tinytl_kernels.backends.triton.choice import DEPTHWISE, IMPLICIT_GEMM, LIBRARY, POINTWISE, choose
+from tinytl_kernels.backends.triton.dense import dense, dense_backward, dense_tiles
+from tinytl_kernels.backends.triton.depthwise import backward_tiles, depthwise, depthwise_backward, taps_first
 from tinytl_kernels.backends.triton.epilogue import MASK, NOTHING, saved_kind
 from tinytl_kernels.backends.triton.launch import on_device
 from tinytl_kernels.backends.triton.pointwise import pixel_tiles, pointwise, pointwise_backward
 from tinytl_kernels.core.activations import mask_size
 from tinytl_kernels.core.geometry import output_length
 from tinytl_kernels.core.layout import format_of, memory_format
+from tinytl_kernels.core.quantization import dequantize
 
 
 @on_device
@@ -34,40 +37,35 @@ def frozen_conv(
     groups: int,
     activation: str | None,
     needs_saved: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    pointwise_shape = is_pointwise(weight, padding, groups)
-    depthwise_shape = not pointwise_shape and is_depthwise(weight, groups)
-    if pointwise_shape or depthwise_shape:
-        output = torch.empty(
-            _output_size(input.shape, weight, stride, padding, dilation), dtype=input.dtype, device=input.device,
-            memory_format=memory_format(input, weight),
-        )  # fmt: skip
-    else:
+    size = _output_size(input.shape, weight, stride, padding, dilation)
+    by = choose(weight, stride, padding, groups, size[0] * size[2] * size[3], input.dtype)
+    if by == LIBRARY:
         if input.device.type == "cpu":
             # Interpreted: oneDNN adds the bias before it rounds to half precision, cuDNN leaves it to another pass.
             fused_bias, bias = bias, None
         else:
             fused_bias = None
-        output, _ = reference.frozen_conv(input, weight, fused_bias, stride, padding, dilation, groups, None, False)
+        output, _ = reference.frozen_conv(
+            input, weight, fused_bias, stride, padding, dilation, groups, None, False, weight_scale
+        )
+    else:
+        layout = memory_format(input, weight)
+        output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
     saved = empty_saved(output, saved_kind(activation, needs_saved))
     where = saved if saved_kind(activation, needs_saved) != NOTHING else None
-    if pointwise_shape:
-        pointwise(input[:, :, :: stride[0], :: stride[1]], weight, bias, activation, output, where)
-    elif depthwise_shape:
-        depthwise(input, weight, bias, stride, padding, dilation, activation, output, where)
+    if by == POINTWISE:
+        reached = input[:, :, :: stride[0], :: stride[1]]
+        pointwise(reached, weight, bias, activation, output, where, scale=weight_scale)
+    elif by == DEPTHWISE:
+        taps = taps_first(weight, input.dtype, weight_scale)
+        depthwise(input, weight, bias, stride, padding, dilation, activation, output, where, taps)
+    elif by == IMPLICIT_GEMM:
+        dense(input, weight, bias, stride, padding, dilation, groups, activation, output, where, weight_scale)
     elif bias is not None or activation is not None:
         activate_into(output, bias, activation, output, where)
     return output, saved
-
-
-def is_pointwise(weight: Tensor, padding: Sequence[int], groups: int) -> bool:
-    """Whether ``pointwise`` computes it: 1x1, dense, not padded; any stride."""
-    return groups == 1 and tuple(weight.shape[2:]) == (1, 1) and not any(padding)
-
-
-def is_depthwise(weight: Tensor, groups: int) -> bool:
-    """Whether ``depthwise`` computes it: one input and one output channel a group."""
-    return weight.size(0) == groups and weight.size(1) == 1
 
 
 def _output_size(input_size, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
@@ -103,6 +101,7 @@ def frozen_conv_backward(
     channels_last: bool,
     need_input: bool,
     need_bias: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     pixels, out_channels = grad_output.numel() // max(1, weight.size(0)), weight.size(0)
     if not need_input:
@@ -110,26 +109,32 @@ def frozen_conv_backward(
         if sums is not None:
             gradient_into(grad_output, saved, activation, None, sums)
         return grad_output.new_empty(0), add_up(sums, grad_output)
-    layout = format_of(channels_last)
-    if is_pointwise(weight, padding, groups):
-        grad_input = torch.empty(input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
+    by = choose(weight, stride, padding, groups, pixels, grad_output.dtype, backward=True)
+    if by == LIBRARY:
+        return _library_backward(
+            grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, channels_last,
+            need_bias, weight_scale,
+        )  # fmt: skip
+    dtype = grad_output.dtype
+    grad_input = torch.empty(input_size, dtype=dtype, device=grad_output.device, memory_format=format_of(channels_last))
+    if by == POINTWISE:
         reached = grad_input[:, :, :: stride[0], :: stride[1]]
         if reached.numel() < grad_input.numel():
             grad_input.zero_()
-        sums = partial_sums(
-            pixel_tiles(pixels, input_size[1], out_channels, grad_output.dtype), out_channels, need_bias, grad_output
-        )
-        pointwise_backward(grad_output, weight, saved, activation, reached, sums)
-    elif is_depthwise(weight, groups):
-        grad_input = torch.empty(input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-        tiles = backward_tiles(input_size, grad_output.shape, weight, stride, dilation)
-        sums = partial_sums(tiles.rows(input_size[0]), out_channels, need_bias, grad_output)
-        depthwise_backward(grad_output, weight, saved, stride, padding, dilation, activation, grad_input, sums)
+        rows = pixel_tiles(pixels, input_size[1], out_channels, dtype)
+        sums = partial_sums(rows, out_channels, need_bias, grad_output)
+        pointwise_backward(grad_output, weight, saved, activation, reached, sums, scale=weight_scale)
+    elif by == DEPTHWISE:
+        rows = backward_tiles(input_size, grad_output.shape, weight, stride, dilation, dtype).rows(input_size[0])
+        sums = partial_sums(rows, out_channels, need_bias, grad_output)
+        taps = taps_first(weight, dtype, weight_scale)
+        depthwise_backward(grad_output, weight, saved, stride, padding, dilation, activation, grad_input, sums, taps)
     else:
-        return _dense_backward(
-            grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, channels_last,
-            need_bias,
-        )  # fmt: skip
+        rows = dense_tiles(input_size, grad_output.shape, weight, stride, groups, dtype)
+        sums = partial_sums(rows, out_channels, need_bias, grad_output)
+        dense_backward(
+            grad_output, weight, saved, stride, padding, dilation, groups, activation, grad_input, sums, weight_scale
+        )
     return grad_input, add_up(sums, grad_output)
 
 
@@ -143,9 +148,10 @@ def add_up(sums: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
 
 
-def _dense_backward(
-    grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, channels_last, need_bias
-) -> tuple[Tensor, Tensor]:
+def _library_backward(
+    grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, channels_last, need_bias,
+    weight_scale,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A few images at a time: the masked gradient is a temporary of a chunk, never a full copy of grad_output."""
     n, out_channels, height, width = grad_output.shape
     chunks = [range(n)[images] for images in image_chunks(grad_output)]
@@ -157,6 +163,7 @@ def _dense_backward(
         grad_input = torch.empty(
             input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=format_of(channels_last)
         )
+    weight = dequantize(weight, weight_scale, grad_output.dtype)
     first_tile = 0
     for images, count in zip(chunks, tiles, strict=True):
         part = slice(images.start, images.stop)

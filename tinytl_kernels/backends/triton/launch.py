@@ -69,6 +69,11 @@ def record() -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def recording() -> bool:
+    """Whether a :func:`record` block is open."""
+    return _recorded is not None
+
+
 def start(launch: Launch) -> None:
     """Start a launch on the device of its tensors, or collect it inside :func:`record`."""
     if math.prod(launch.grid) == 0:
@@ -84,15 +89,46 @@ def start(launch: Launch) -> None:
     )
 
 
+# Told of every call of an operator: (operator, positional arguments, keyword arguments).
+Observer = Callable[[Callable, tuple, dict[str, Any]], None]
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Tell ``observer`` of every operator that is called in the ``with`` block, by whatever thread, before it runs."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def named(name: str) -> contextlib.AbstractContextManager[None]:
+    """An NVTX range (roctx on AMD), where this PyTorch was built with them."""
+    return torch.cuda.nvtx.range(name) if _has_ranges() else contextlib.nullcontext()
+
+
+@functools.cache
+def _has_ranges() -> bool:
+    try:
+        torch.cuda.nvtx.mark("tinytl")
+    except RuntimeError:
+        return False
+    return True
+
+
 def on_device(operator: Callable) -> Callable:
     """Run ``operator(tensor, ...)`` with the tensor's GPU as the current one, in an NVTX range of its name."""
     name = f"tinytl::{operator.__name__}"
 
     @functools.wraps(operator)
     def wrapped(tensor: Tensor, *args, **kwargs):
+        for observer in _observers:
+            observer(wrapped, (tensor, *args), kwargs)
         if tensor.device.type != "cuda":
             return operator(tensor, *args, **kwargs)
-        with torch.cuda.device(tensor.device), torch.cuda.nvtx.range(name):
+        with torch.cuda.device(tensor.device), named(name):
             return operator(tensor, *args, **kwargs)
 
     return wrapped

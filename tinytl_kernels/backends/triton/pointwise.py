@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinytl_kernels.backends.triton.configurations import tunable
 from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
@@ -21,6 +22,7 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.weights import load_weight
 from tinytl_kernels.core.activations import LEAKY_SLOPE
 
 # Not specialised on being 1 or a multiple of 16: one compilation serves every batch and image size.
@@ -29,7 +31,7 @@ _ANY_SIZE = ["pixels", "image", "width"]
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def pointwise_kernel(
-    input, weight, bias, residual, output, saved, pixels, image, width, channels, out_channels, slope,
+    input, weight, scale, bias, residual, output, saved, pixels, image, width, channels, out_channels, slope,
     input_n, input_h, input_w, input_c, residual_n, residual_h, residual_w, residual_c,
     output_n, output_h, output_w, output_c, weight_o, weight_c,
     DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
@@ -62,12 +64,12 @@ def pointwise_kernel(
         x = tl.load(
             input + rows[:, None] + c[None, :] * input_c, mask=inside[:, None] & (c < channels)[None, :], other=0.0
         )
-        w = tl.load(
-            weight + out[None, :] * (weight_o * IN_UNIT) + c[:, None] * weight_c,
-            mask=(c < channels)[:, None] & (out < out_channels)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION)
+        w = load_weight(
+            weight, scale, out[None, :] * (weight_o * IN_UNIT) + c[:, None] * weight_c,
+            out[None, :], (out < out_channels)[None, :], (c < channels)[:, None] & (out < out_channels)[None, :],
+            x.dtype,
+        )  # fmt: skip
+        total = tl.dot(x, w, total, input_precision=PRECISION)
     if bias is not None:
         total += tl.load(bias + out, mask=out < out_channels, other=0.0).to(tl.float32)[None, :]
     rows = pixel_offset(pixel, image, width, output_n * OUT_UNIT, output_h * OUT_UNIT, output_w * OUT_UNIT, FLAT)
@@ -88,7 +90,7 @@ def pointwise_kernel(
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def pointwise_backward_kernel(
-    grad_output, weight, saved, residual, grad_pooled, grad_input, grad_bias, pixels, image, width,
+    grad_output, weight, scale, saved, residual, grad_pooled, grad_input, grad_bias, pixels, image, width,
     channels, out_channels, slope, grad_n, grad_h, grad_w, grad_c, saved_n, saved_h, saved_w, saved_c,
     residual_n, residual_h, residual_w, residual_c, pooled_n, pooled_h, pooled_w, pooled_c,
     input_n, input_h, input_w, input_c, weight_o, weight_c,
@@ -130,12 +132,11 @@ def pointwise_backward_kernel(
         if grad_bias is not None:  # noqa: SIM102 - decided at compile time, the next one at run time
             if column == 0:
                 tl.store(grad_bias + tile * out_channels + out, tl.sum(g, axis=0), mask=out < out_channels)
-        w = tl.load(
-            weight + out[:, None] * (weight_o * IN_UNIT) + c[None, :] * weight_c,
-            mask=(out < out_channels)[:, None] & (c < channels)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(g.to(DTYPE), w.to(DTYPE), total, input_precision=PRECISION)
+        w = load_weight(
+            weight, scale, out[:, None] * (weight_o * IN_UNIT) + c[None, :] * weight_c,
+            out[:, None], (out < out_channels)[:, None], (out < out_channels)[:, None] & (c < channels)[None, :], DTYPE,
+        )  # fmt: skip
+        total = tl.dot(g.to(DTYPE), w, total, input_precision=PRECISION)
     valid = inside[:, None] & (c < channels)[None, :]
     if residual is not None:
         rows = pixel_offset(pixel, image, width, residual_n * IN_UNIT, residual_h * IN_UNIT, residual_w * IN_UNIT, FLAT)
@@ -156,6 +157,23 @@ def pointwise_backward_kernel(
     tl.store(grad_input + rows[:, None] + c[None, :] * input_c, total.to(DTYPE), mask=valid)
 
 
+def _sizes(pixels: int, columns: int, depth: int, dtype: torch.dtype, backward: bool = False):
+    """What ``tinytl tune`` tries: :func:`tile_sizes` with other pixels, columns, depths, warps and stages."""
+    room = 128 * (128 if dtype != torch.float32 else 64)
+    widest = power_of_two(columns, 16, 128)
+    deepest = power_of_two(depth, 16, 128 if dtype != torch.float32 else 64)
+    return [
+        (block_pixels, block_columns, block_depth, num_warps, num_stages)
+        for block_pixels in (32, 64, 128, 256)
+        for block_columns in dict.fromkeys((widest, max(16, widest // 2)))
+        # Wider than 64 x 128 a tile does not fit the registers of 4 warps, narrower it starves 8.
+        if 32 * 16 <= block_pixels * block_columns <= room
+        for num_warps in ((8,) if block_pixels * block_columns > room // 2 else (4,))
+        for block_depth, num_stages in dict.fromkeys(((deepest, 2), (deepest, 3), (max(16, deepest // 2), 4)))
+    ]
+
+
+@tunable(_sizes)
 def tile_sizes(
     pixels: int, columns: int, depth: int, dtype: torch.dtype, backward: bool = False
 ) -> tuple[int, int, int, int, int]:
@@ -188,6 +206,7 @@ def pointwise(
     output: Tensor,
     saved: Tensor | None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """``output = f(conv2d(input, weight) + bias) + residual`` with stride 1; a strided input serves stride 2.
 
@@ -197,6 +216,7 @@ def pointwise(
         output: (N, O, H, W), written.
         saved: mask (N, H, W, ceil(O / 8)) uint8, or value like ``output`` with its strides, written; or None.
         residual: like ``output``, or None.
+        scale: of a weight in 8 bits, else None.
     """
     n, channels, height, width = input.shape
     out_channels, pixels = weight.size(0), n * height * width
@@ -209,7 +229,7 @@ def pointwise(
             pointwise_kernel,
             (triton.cdiv(pixels, block_pixels) * triton.cdiv(out_channels, block_out),),
             dict(
-                input=input, weight=weight, bias=bias, residual=residual, output=output, saved=saved,
+                input=input, weight=weight, scale=scale, bias=bias, residual=residual, output=output, saved=saved,
                 pixels=pixels, image=height * width, width=width, channels=channels // in_unit,
                 out_channels=out_channels // out_unit, slope=LEAKY_SLOPE,
                 **stride_arguments("input", input, in_unit, flat),
@@ -239,6 +259,7 @@ def pointwise_backward(
     grad_bias: Tensor | None,
     residual: Tensor | None = None,
     grad_pooled: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """Input gradient and partial sums of the bias gradient of :func:`pointwise`, in one pass.
 
@@ -250,6 +271,7 @@ def pointwise_backward(
         grad_bias: (``pixel_tiles``, O) float32, written; or None.
         residual: like ``grad_input``, added to it; or None.
         grad_pooled: (N, C, H // 2, W // 2), added as a quarter to each pixel of a window; or None.
+        scale: of a weight in 8 bits, else None.
     """
     n, channels, height, width = grad_input.shape
     out_channels, pixels = weight.size(0), n * height * width
@@ -270,7 +292,7 @@ def pointwise_backward(
             pointwise_backward_kernel,
             (triton.cdiv(pixels, block_pixels) * triton.cdiv(channels, block_in),),
             dict(
-                grad_output=grad_output, weight=weight, saved=None if save == "nothing" else saved,
+                grad_output=grad_output, weight=weight, scale=scale, saved=None if save == "nothing" else saved,
                 residual=residual, grad_pooled=grad_pooled, grad_input=grad_input, grad_bias=grad_bias,
                 pixels=pixels, image=height * width, width=width, channels=channels // in_unit,
                 out_channels=out_channels // out_unit, slope=LEAKY_SLOPE,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
+from tinytl_kernels.backends.triton.configurations import tunable
 from tinytl_kernels.backends.triton.launch import power_of_two
 
 # Pixels of a tile: with 64 channels 16 elements a thread at 8 warps.
@@ -19,7 +20,10 @@ ANY_SIZE = ["height", "width", "out_height", "out_width", "tiles_h", "tiles_w"]
 
 @dataclass(frozen=True)
 class Tiles:
-    """A cut of images into ``tiles_h`` x ``tiles_w`` x ``channel_tiles`` of ``tile_h`` x ``tile_w`` x ``block_c``."""
+    """A cut of images into ``tiles_h`` x ``tiles_w`` x ``channel_tiles`` of ``tile_h`` x ``tile_w`` x ``block_c``.
+
+    Each tile is a program of ``num_warps`` warps.
+    """
 
     tile_h: int
     tile_w: int
@@ -27,6 +31,7 @@ class Tiles:
     tiles_h: int
     tiles_w: int
     channel_tiles: int
+    num_warps: int
 
     def programs(self, images: int) -> int:
         """Programs for all tiles of ``images``."""
@@ -37,11 +42,6 @@ class Tiles:
         return images * self.tiles_h * self.tiles_w
 
     @property
-    def num_warps(self) -> int:
-        # At 4 warps a depthwise backward of 64 x 32 spills on sm_80.
-        return 8 if self.block_c >= 32 else 4
-
-    @property
     def arguments(self) -> dict[str, int]:
         return dict(tiles_h=self.tiles_h, tiles_w=self.tiles_w)
 
@@ -50,16 +50,37 @@ class Tiles:
         return dict(TILE_H=self.tile_h, TILE_W=self.tile_w, BLOCK_C=self.block_c)
 
 
-@functools.lru_cache(maxsize=4096)
-def cut(
-    height: int, width: int, channels: int, stride: tuple[int, int] = (1, 1), extent: tuple[int, int] = (1, 1)
-) -> Tiles:
-    """The :class:`Tiles` of 64 pixels that read least: whole tiles over (height, width), each with its rim.
+def _shapes(
+    height: int, width: int, channels: int, stride: tuple[int, int], extent: tuple[int, int], dtype: torch.dtype | None
+) -> list[tuple[int, int, int, int]]:
+    """What ``tinytl tune`` tries: the best shapes of 32, 64 and 128 pixels, fewer and more channels, 4 and 8 warps."""
+    widest = power_of_two(channels, 8, 128)
+    blocks = [widest >> k for k in range(3) if widest >> k >= min(16, widest)]
+    return [
+        (*shape, block, num_warps)
+        for pixels in (_TILE_PIXELS // 2, _TILE_PIXELS, 2 * _TILE_PIXELS)
+        for shape in _by_pixels_read(pixels, height, width, stride, extent)[: 2 if pixels == _TILE_PIXELS else 1]
+        for block in blocks
+        for num_warps in (4, 8)
+        # 8 to 64 elements a thread: fewer are all addresses, more are spilled.
+        if 8 <= pixels * block // (32 * num_warps) <= 64
+    ]
 
-    Args:
-        stride: pixels read from one pixel of a tile to the next.
-        extent: pixels that a window spans.
-    """
+
+@tunable(_shapes)
+def tile_shape(
+    height: int, width: int, channels: int, stride: tuple[int, int], extent: tuple[int, int], dtype: torch.dtype | None
+) -> tuple[int, int, int, int]:
+    """(tile_h, tile_w, block_c, num_warps): 64 pixels that read least, channels by :func:`channel_block`."""
+    block = channel_block(channels)
+    # At 4 warps a depthwise backward of 64 x 32 spills on sm_80.
+    return (*_by_pixels_read(_TILE_PIXELS, height, width, stride, extent)[0], block, 8 if block >= 32 else 4)
+
+
+def _by_pixels_read(
+    pixels: int, height: int, width: int, stride: tuple[int, int], extent: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """All (tile_h, tile_w) of so many pixels; first those that read least: whole tiles, each with its rim."""
 
     def pixels_read(shape: tuple[int, int]) -> int:
         read = 1
@@ -67,11 +88,24 @@ def cut(
             read *= triton.cdiv(length, tile) * ((tile - 1) * step + span)
         return read
 
-    tile_h, tile_w = min(((_TILE_PIXELS >> k, 1 << k) for k in range(7)), key=pixels_read)
-    block = channel_block(channels)
+    return sorted(((pixels >> k, 1 << k) for k in range(pixels.bit_length())), key=pixels_read)
+
+
+def cut(
+    height: int, width: int, channels: int, stride: tuple[int, int] = (1, 1), extent: tuple[int, int] = (1, 1),
+    dtype: torch.dtype | None = None,
+) -> Tiles:  # fmt: skip
+    """The :class:`Tiles` of a (height, width, channels) image.
+
+    Args:
+        stride: pixels read from one pixel of a tile to the next.
+        extent: pixels that a window spans.
+        dtype: of the tensors, where it makes a difference to what is fastest.
+    """
+    tile_h, tile_w, block, num_warps = tile_shape(height, width, channels, stride, extent, dtype)
     return Tiles(
         tile_h, tile_w, block,
-        triton.cdiv(height, tile_h), triton.cdiv(width, tile_w), triton.cdiv(channels, block),
+        triton.cdiv(height, tile_h), triton.cdiv(width, tile_w), triton.cdiv(channels, block), num_warps,
     )  # fmt: skip
 
 

@@ -45,6 +45,28 @@ def compare(name: str, *args) -> tuple[Tensor, ...]:
     return ours
 
 
+def check_convolution(
+    geometry: tuple, dtype: torch.dtype, layout: str = "channels_last", activation: str | None = "relu6",
+    need: tuple[bool, bool] = (True, True), weight: Tensor | None = None, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Forward and backward of a frozen convolution agree with the reference.
+
+    Args:
+        geometry: (N, C, H, W), (O, C / groups, kH, kW), stride, (top, bottom, left, right), dilation, groups.
+        weight, scale: in place of random numbers, in 8 bits.
+    """
+    size, weight_size, *shape = geometry
+    x = image(size, dtype, layout)
+    weight = numbers(*weight_size, dtype=dtype) if weight is None else weight
+    bias = numbers(weight_size[0], dtype=dtype)
+    output, saved = compare("frozen_conv", x, weight, bias, *shape, activation, True, scale)
+    grad = torch.randn(output.shape).to(dtype)
+    if layout == "channels_last":
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    last = layout == "channels_last"
+    compare("frozen_conv_backward", grad, weight, saved, size, *shape, activation, last, *need, scale)
+
+
 def _outputs(function, args) -> tuple[Tensor, ...]:
     outputs = function(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,11 +1,11 @@
-"""Frozen convolutions of every shape: pointwise, depthwise and those that ATen computes between two of our kernels."""
+"""Frozen convolutions: pointwise, depthwise and those that ATen computes between two of our kernels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.backends.triton.interpreted.against import DTYPES, LAYOUTS, compare, image, numbers
+from tests.backends.triton.interpreted.against import DTYPES, LAYOUTS, check_convolution, compare, image, numbers
 from tinytl_kernels.backends.triton import depthwise, frozen_conv, pointwise
 from tinytl_kernels.backends.triton.operators import OPERATORS
 from tinytl_kernels.core.activations import ACTIVATIONS
@@ -39,16 +39,7 @@ ONE_OF_EACH = ("pointwise", "depthwise", "grouped")
 
 
 def check(geometry, dtype, layout, activation, need=(True, True)):
-    """Forward and backward agree with the reference."""
-    size, weight_size, *shape = GEOMETRIES[geometry]
-    x, weight = image(size, dtype, layout), numbers(*weight_size, dtype=dtype)
-    bias = numbers(weight_size[0], dtype=dtype)
-    output, saved = compare("frozen_conv", x, weight, bias, *shape, activation, True)
-    grad = torch.randn(output.shape).to(dtype)
-    if layout == "channels_last":
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    last = layout == "channels_last"
-    compare("frozen_conv_backward", grad, weight, saved, size, *shape, activation, last, *need)
+    check_convolution(GEOMETRIES[geometry], dtype, layout, activation, need)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -57,12 +57,3 @@ def test_contiguous_layout_without_the_ports():
 @pytest.mark.parametrize("needed", [(0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 1, 1), (1, 0, 0, 0)], ids=str)
 def test_only_what_is_needed_is_computed(needed):
     check("residual", needed=tuple(map(bool, needed)))
-
-
-def test_the_chunk_is_bounded_by_half_of_the_cache(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(kernels, "l2_bytes", lambda device: 1000)
-    like = torch.empty(0, dtype=torch.float16)
-    assert kernels.chunk_images(128, 50, like) == 5  # 500 bytes, 100 an image
-    assert kernels.chunk_images(3, 50, like) == 3
-    assert kernels.chunk_images(128, 1000, like) == 1

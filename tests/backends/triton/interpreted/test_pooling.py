@@ -1,4 +1,4 @@
-"""Average and max pooling, both ways."""
+"""Average, adaptive average and max pooling, both ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.backends.triton.interpreted.against import DTYPES, LAYOUTS, compare, image
 from tinytl_kernels.backends import reference
-from tinytl_kernels.backends.triton import avg_pool, max_pool
+from tinytl_kernels.backends.triton import adaptive_avg_pool, avg_pool, max_pool
 from tinytl_kernels.backends.triton.operators import OPERATORS
 
 # kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -47,6 +47,22 @@ def test_average(window, dtype):
     check_average(AVERAGES[window], image(SIZE, dtype))
 
 
+def check_adaptive(x, size):
+    (output,) = compare("adaptive_avg_pool2d", x, list(size))
+    last = output.is_contiguous(memory_format=torch.channels_last)
+    compare("adaptive_avg_pool2d_backward", torch.randn(output.shape).to(x.dtype), x.shape, last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 8), (7, 3), (9, 11), (14, 4)], ids=str)  # fewer, as many and more
+def test_adaptive_average(size, dtype):
+    check_adaptive(image(SIZE, dtype), size)
+
+
+def test_adaptive_average_of_a_window_of_several_tiles():
+    check_adaptive(image((1, 70, 19, 17), torch.float32), (2, 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", MAXIMA)
 def test_max_with_ties(window, dtype):
@@ -57,18 +73,21 @@ def test_max_with_ties(window, dtype):
 def test_every_layout(layout):
     check_average(AVERAGES["ceil mode"], image(SIZE, torch.float32, layout))
     check_max(MAXIMA["3 x 3, stride 2"], image(SIZE, torch.float32, layout))
+    check_adaptive(image(SIZE, torch.float32, layout), (2, 3))
 
 
 def test_empty_batch():
     check_average(AVERAGES["2 x 2"], image((0, 8, 4, 4), torch.float32))
     check_max(MAXIMA["3 x 3, stride 2"], image((0, 8, 4, 4), torch.float32))
+    check_adaptive(image((0, 8, 4, 4), torch.float32), (1, 1))
 
 
 def test_offsets_of_64_bits_give_the_same_answers(monkeypatch):
-    for module in (avg_pool, max_pool):
+    for module in (adaptive_avg_pool, avg_pool, max_pool):
         monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
     check_average(AVERAGES["ceil mode"], image(SIZE, torch.float32))
     check_max(MAXIMA["3 x 3, stride 2"], image(SIZE, torch.float32))
+    check_adaptive(image(SIZE, torch.float32), (2, 3))
 
 
 def test_nan_wins_and_a_window_of_minus_infinity_has_a_winner():
