@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help test asan capabilities demo bench aot lint format doctor clean
+.PHONY: help test asan capabilities neon demo bench aot gpu nsight lint format doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ capabilities: $(READY) ## tests of the C++ kernels built for AVX2 and for no vec
 	TINYTL_CPU_CAPABILITY=AVX2 $(BIN)/python -m pytest -q tests/backends/cpu tests/ops -k "not opcheck and not gradcheck"
 	TINYTL_CPU_CAPABILITY=DEFAULT $(BIN)/python -m pytest -q tests/backends/cpu tests/ops -k "not opcheck and not gradcheck"
 
+neon: $(READY) ## the C++ kernels compiled for ARM with a cross compiler, and tested under emulation where one is given
+	$(BIN)/python -m tests.backends.cpu.neon
+
 demo: $(READY) ## the main job: six methods on EfficientNet-Lite0, table and two pictures in demo_out/
 	$(BIN)/python -m tinytl_kernels compare --out demo_out
 
@@ -44,6 +47,15 @@ format: $(READY) ## rewrite the sources in the house format
 
 aot: $(READY) ## every Triton kernel compiled for every GPU it is meant for: registers, spills, bytes moved
 	$(BIN)/python -m benchmarks.aot
+
+# With the Python that is there, for a machine whose PyTorch fits its GPU: installs nothing, needs no network.
+gpu: ## on a machine with a GPU: answers, sanitizer, bandwidth, steps beside their peers; under 9 minutes
+	$(PYTHON) -m benchmarks.gpu
+
+OPERATOR ?= depthwise
+SIZE ?=
+nsight: ## how ncu and nsys look at one operator (OPERATOR=depthwise SIZE=128x144x56x56), and run where there is a GPU
+	$(PYTHON) -m benchmarks.nsight $(OPERATOR) $(SIZE) --profile
 
 doctor: $(READY) ## what this machine offers
 	$(BIN)/python -m tinytl_kernels doctor

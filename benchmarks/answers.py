@@ -91,8 +91,13 @@ def _comparable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def exact_answer(case: Case, stock: nn.Module) -> tuple[Answer, int]:
+def exact_answer(case: Case, stock: nn.Module, input: Tensor | None = None) -> tuple[Answer, int]:
     """Stock PyTorch in float64 on the same weights and input.
+
+    Args:
+        case: What.
+        stock: The stock module; it is copied.
+        input: In place of the case's; where it is, the answer is computed.
 
     Returns:
         The answer, and how many elements pass the activation that the fewest pass (0, if there is none).
@@ -103,12 +108,14 @@ def exact_answer(case: Case, stock: nn.Module) -> tuple[Answer, int]:
     for child in module.modules():
         if isinstance(child, _ACTIVATIONS):
             child.register_forward_hook(lambda m, args, output: passing.append(int((output % 6 != 0).sum())))
-    input = case.input().double().contiguous().requires_grad_(case.inner)
+    input = case.input() if input is None else input
+    module = module.to(input.device)
+    input = input.double().contiguous().requires_grad_(case.inner)
     output = module(input)
     if case.inner:
         output.backward(Entry.grad_output(output))
     else:
-        F.cross_entropy(output, torch.arange(case.batch)).backward()
+        F.cross_entropy(output, torch.arange(case.batch, device=input.device)).backward()
     gradients = {"input": input.grad} if case.inner else {}
     gradients |= {name: p.grad for name, p in _comparable(module)}
     return Answer(output.detach(), gradients), min(passing, default=0)

@@ -122,5 +122,5 @@ class Entry:
     @staticmethod
     def grad_output(output: Tensor) -> Tensor:
         """The gradient that a layer or block is given: (N, C, H, W), the same at every call, as ``output`` is."""
-        generator = torch.Generator().manual_seed(SEED + 1)
-        return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
+        generator = torch.Generator(output.device).manual_seed(SEED + 1)
+        return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator, device=output.device))

@@ -14,9 +14,9 @@ import torch
 _ROOT = Path(__file__).parents[1]
 
 
-def machine() -> dict[str, str | int | float]:
-    """Device, versions, threads, commit, and the measured rates, ready for ``extra_info``."""
-    return {
+def machine(*, rates: bool = True) -> dict[str, str | int | float]:
+    """Device, versions, threads, commit, and with ``rates`` the measured ones, ready for ``extra_info``."""
+    about = {
         "cpu": _cpu(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -24,9 +24,8 @@ def machine() -> dict[str, str | int | float]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": _commit(),
-        "sgemm_gflops": sgemm_gflops(),
-        "copy_gb_s": copy_gb_s(),
     }
+    return about | {"sgemm_gflops": sgemm_gflops(), "copy_gb_s": copy_gb_s()} if rates else about
 
 
 @functools.cache
