@@ -1,13 +1,14 @@
-"""The command ``tinytl``: finetune, compare, profile, doctor."""
+"""The command ``tinytl``: finetune, compare, profile, tune, paper-memory, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def _force_backend(name: str, stack: contextlib.ExitStack) -> None:
 
 def _recipe(options: argparse.Namespace, data: str, world_size: int = 1, seed: int = 0) -> Recipe:
     names = ("learning_rate", "epochs", "batch_size", "accumulate", "label_smoothing", "weight_decay", "dropout")
-    names += ("resolution", "crop_scale", "flip", "amp", "channels_last")
+    names += ("resolution", "crop_scale", "flip", "amp", "weight_bits", "weight_code", "channels_last", "optimizer")
     given = {name: getattr(options, name, None) for name in names}
     return Recipe.for_data(data, world_size=world_size, seed=seed, **given)
 
@@ -89,7 +90,13 @@ def _data(options: argparse.Namespace) -> Data:
 def _options(options: argparse.Namespace, **more: object) -> Options:
     if options.workers < 0:
         raise TinyTLError(f"--workers: expected 0 or more, got {options.workers}")
-    return Options(workers=options.workers, progress=options.progress, tensorboard=options.tensorboard, **more)
+    return Options(
+        workers=options.workers,
+        progress=options.progress,
+        tensorboard=options.tensorboard,
+        step_in_backward=options.step_in_backward,
+        **more,
+    )
 
 
 def _weights(options: argparse.Namespace) -> str:
@@ -185,6 +192,49 @@ def profile(options: argparse.Namespace) -> None:
     print(pair.text(options.rows or None))
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Measure launch configurations; print what they save and where they are kept."""
+    if options.num_classes < 1:
+        raise TinyTLError(f"--num-classes: expected at least 1, got {options.num_classes}")
+    device = package.choose_device(options.device)
+    print(
+        package.tune(options.model, options.method, _recipe(options, "tune"), device, num_classes=options.num_classes)
+    )
+
+
+def paper_memory(options: argparse.Namespace) -> None:
+    """Measure and draw the memory column of the paper's Table 2."""
+    from .memory.paper import paper_memory
+
+    @contextlib.contextmanager
+    def stepping(parameters: list[torch.nn.Parameter]) -> Iterator[torch.optim.Optimizer]:
+        optimizer = package.OPTIMIZERS[options.optimizer](parameters)
+        with package.step_in_backward(optimizer) if options.step_in_backward else contextlib.nullcontext():
+            yield optimizer
+
+    try:
+        result = paper_memory(
+            options.methods,
+            options.resolutions,
+            options.norms.split(","),
+            options.kinds.split(","),
+            batch=options.batch_size,
+            num_classes=options.num_classes,
+            stepping=stepping,
+            progress=lambda row: print(
+                f"{row.method}, {row.norm}, {row.kind}, {row.resolution}x{row.resolution}", file=sys.stderr
+            ),
+        )
+    except ValueError as error:
+        raise TinyTLError(str(error)) from error
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "paper-memory.png"
+    result.plot(picture)
+    print(json.dumps(result.as_dict(), indent=2) if options.json else result.table())
+    print(f"figure: {picture}", file=sys.stderr)
+
+
 def doctor(options: argparse.Namespace) -> None:
     """Print the environment report."""
     print(tinytl_kernels.env_report())
@@ -194,6 +244,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "finetune": finetune,
     "compare": compare,
     "profile": profile,
+    "tune": tune,
+    "paper-memory": paper_memory,
     "doctor": doctor,
 }
 

@@ -137,3 +137,20 @@ def test_the_figures_are_pictures_with_every_method_in_its_place(tmp_path: Path,
     assert points == [(100.0, pytest.approx(90)), (10.0, pytest.approx(85))]
     markers = {container.lines[0].get_marker() for container in containers}
     assert len(markers) == 2
+
+
+def test_weights_in_8_bits_run_beside_floating_point_ones(tmp_path: Path) -> None:
+    built = []
+
+    def recording(name: str, method: str, num_classes: int, recipe: Recipe, **options: object) -> nn.Module:
+        built.append((method, recipe.weight_bits, recipe.weight_code))
+        return build(name, method, num_classes, recipe)
+
+    recipe = replace(SHORT, weight_bits=8, weight_code="kmeans")
+    arguments = (MODEL, make_data(), ("full", "last"), (0,), recipe, tmp_path)
+    result = compare(*arguments, options=QUIET, build=recording)
+    assert [run.method for run in result.runs] == ["full", "last", "last-kmeans"]
+    assert built == [("full", 32, "kmeans"), ("last", 32, "kmeans"), ("last", 8, "kmeans")]
+    assert [row.split()[0] for row in result.table().splitlines()[-3:]] == ["full", "last", "last-kmeans"]
+    compare(*arguments, options=QUIET, build=recording, resume=True)
+    assert len(built) == 3

@@ -75,6 +75,8 @@ def test_cosine_starts_full_halves_midway_and_ends_at_zero() -> None:
         ("crop_scale", 0.0),
         ("crop_scale", 1.5),
         ("amp", "float64"),
+        ("weight_bits", 4),
+        ("weight_code", "int4"),
     ],
 )
 def test_a_value_out_of_range_names_its_field(field: str, value: object) -> None:

@@ -10,9 +10,11 @@ from typing import NoReturn
 
 import tinytl_kernels
 
+from ..core.quantization import CODES
 from ..errors import TinyTLError
 from ..models.zoo import DEMO_MODEL
 from .prepare import METHODS
+from .recipe import OPTIMIZERS
 
 USAGE_STATUS = 2
 
@@ -28,6 +30,8 @@ examples:
       all six methods on scikit-learn's digits: table, accuracy.png, memory.png
   tinytl profile --model torchvision:mobilenet_v2 --method bias
       memory and time by layer, beside stock PyTorch
+  tinytl tune --model torchvision:mobilenet_v2 --method bias --batch-size 128 --amp bfloat16
+      on a GPU: measure and keep the fastest launch configurations for these shapes
   tinytl doctor
       versions, devices, backends, and why one is missing
 """
@@ -82,6 +86,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "finetune": "train one model with one method",
         "compare": "train several methods and show accuracy beside measured memory",
         "profile": "memory and time by layer, beside stock PyTorch",
+        "tune": "find this GPU's fastest launch configurations for a model, batch size and dtype, and keep them",
+        "paper-memory": "the memory column of the paper's Table 2: its figure, the formula, and measured",
         "doctor": "report versions, devices and backends",
     }
     subparsers = {
@@ -94,24 +100,32 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         _add_model_options(subparsers[name])
         _add_recipe_options(subparsers[name], training=name != "profile")
         _add_machine_options(subparsers[name], training=name != "profile")
+    _add_recipe_options(subparsers["tune"], training=False)
+    _add_machine_options(subparsers["tune"], training=False)
     for name in ("finetune", "compare"):
         _add_data_options(subparsers[name])
     _add_finetune_options(subparsers["finetune"])
     _add_compare_options(subparsers["compare"])
     _add_profile_options(subparsers["profile"])
+    _add_tune_options(subparsers["tune"])
+    _add_paper_options(subparsers["paper-memory"])
     for subparser in subparsers.values():
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser, subparsers
 
 
-def _add_model_options(parser: Parser) -> None:
-    group = parser.add_argument_group("model")
+def _model_option(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--model",
         default=f"demo:{DEMO_MODEL}",
         metavar="NAME",
-        help="timm:NAME, torchvision:NAME or demo:efficientnet_lite0 (default: %(default)s)",
+        help="timm:NAME, torchvision:NAME, tinytl:NAME or demo:efficientnet_lite0 (default: %(default)s)",
     )
+
+
+def _add_model_options(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    _model_option(group)
     group.add_argument("--weights", metavar="FILE", help="a local state_dict: .safetensors, or torch.save without code")
     group.add_argument(
         "--pretrained",
@@ -155,11 +169,18 @@ def _add_recipe_options(parser: Parser, *, training: bool) -> None:
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=None, help="memory layout (default: yes)"
     )
+    group.add_argument("--weight-bits", type=int, choices=(8, 32), help="of the frozen weights (32)")
+    group.add_argument(
+        "--weight-code", type=one_of(CODES), metavar="NAME", help="of 8-bit weights: int8 or kmeans (int8)"
+    )
     if not training:
         return
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training pictures (50; digits 3)")
     group.add_argument(
         "--lr", dest="learning_rate", type=float, metavar="X", help="Adam's (by data set, times sqrt(batch / 8))"
+    )
+    group.add_argument(
+        "--optimizer", type=one_of(tuple(OPTIMIZERS)), metavar="NAME", help="adam, or adam8bit: a quarter of the state"
     )
     group.add_argument("--label-smoothing", type=float, metavar="X", help="(0.1, or the paper's for the data set)")
     group.add_argument("--weight-decay", type=float, metavar="X", help="(0)")
@@ -178,6 +199,11 @@ def _add_machine_options(parser: Parser, *, training: bool) -> None:
         "--backend", type=one_of(("reference", "cpu", "triton")), metavar="NAME", help="force reference, cpu or triton"
     )
     if training:
+        group.add_argument(
+            "--step-in-backward",
+            action="store_true",
+            help="use and free each gradient as it arrives: never all of them in memory",
+        )
         group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="bar, epoch lines")
         group.add_argument(
             "--tensorboard",
@@ -235,6 +261,40 @@ def _add_profile_options(parser: Parser) -> None:
     group.add_argument("--num-classes", type=int, default=10, metavar="N", help="outputs of the classifier (10)")
     group.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps; medians are shown (5)")
     group.add_argument("--rows", type=int, default=25, metavar="N", help="layers shown, most saved first; 0: all (25)")
+
+
+def _add_tune_options(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "tune", "Kept in a file below TINYTL_TUNE_CACHE, which the kernels' launchers read."
+    )
+    _model_option(group)
+    _method_option(group)
+    group.add_argument("--num-classes", type=int, default=10, metavar="N", help="outputs of the classifier (10)")
+
+
+def _add_paper_options(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "Table 2", "One training step of ProxylessNAS-Mobile a row, on the CPU. Everything: some minutes and 2 GB."
+    )
+    group.add_argument(
+        "--methods", type=methods, default=list(METHODS), metavar="A,B,...", help="all, or some of the six (all)"
+    )
+    group.add_argument("--resolutions", type=seeds, default=[224, 320], metavar="N,...", help="(default: 224,320)")
+    group.add_argument("--norms", default="bn,gn", metavar="A,B", help="bn: BatchNorm, gn: GroupNorm (default: bn,gn)")
+    group.add_argument(
+        "--kinds",
+        default="stock,float32,int8",
+        metavar="A,B,...",
+        help="stock: plain PyTorch; float32, int8: converted, frozen weights of that dtype (default: %(default)s)",
+    )
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: 8)")
+    group.add_argument("--num-classes", type=int, default=102, metavar="N", help="(default: 102, as Flowers has)")
+    group.add_argument("--optimizer", type=one_of(tuple(OPTIMIZERS)), default="adam", metavar="NAME", help="(adam)")
+    group.add_argument("--step-in-backward", action="store_true", help="use and free each gradient as it arrives")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of PyTorch")
+    group.add_argument("--backend", type=one_of(("reference", "cpu")), metavar="NAME", help="force reference or cpu")
+    group.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    group.add_argument("--out", default="paper_out", metavar="FOLDER", help="the figure goes here (%(default)s)")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

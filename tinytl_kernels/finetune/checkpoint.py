@@ -8,7 +8,7 @@ format      version of this layout
 identity    model, method, classes, data, recipe, processes: what a resumed run must share
 class_names names of the classes, in the order of the outputs
 model       state_dict of the converted model
-optimizer   Adam's moments and step counts
+optimizer   moments and step counts
 scaler      state of the float16 gradient scaler; empty without
 progress    epoch, batches done in it, the sums of its loss and accuracy, history, best
 rng         generator states: torch by process, CUDA by process, numpy, python

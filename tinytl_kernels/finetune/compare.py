@@ -31,7 +31,7 @@ class Run:
     """One method trained once.
 
     Args:
-        method: The method.
+        method: The method; ``METHOD-CODE`` where its frozen weights were in 8 bits.
         seed: Of the recipe.
         accuracy: Test accuracy after the last epoch, 0 to 1.
         trained_parameters: Numbers that the optimizer changes.
@@ -138,7 +138,8 @@ def compare(
         data: The pictures.
         methods: Any of ``prepare.METHODS``.
         seeds: One run a method and seed.
-        recipe: For all of them; its seed is replaced.
+        recipe: For all of them; its seed is replaced. With weights in 8 bits every method that freezes some runs twice,
+            as ``METHOD`` with floating point weights and as ``METHOD-CODE``, so that the accuracies stand side by side.
         folder: ``results.json``, ``results.csv`` and ``METHOD/seed-N/log.csv`` go here.
         process: The device.
         options: Output and workers; no checkpoints are written.
@@ -152,21 +153,35 @@ def compare(
     """
     process, options = process or Process(torch.device("cpu")), options or Options()
     about = describe(model_name, data, recipe, process, pretrained, weights)
+    about["step_in_backward"] = options.step_in_backward  # the memory is with it or without
     runs = read_runs(folder / "results.json", about) if resume else []
     folder.mkdir(parents=True, exist_ok=True)
-    for method in methods:
+    rows = variants(methods, recipe)
+    for name, method, variant in rows:
         for seed in seeds:
-            if any((run.method, run.seed) == (method, seed) for run in runs):
+            if any((run.method, run.seed) == (name, seed) for run in runs):
                 continue
-            seeded = replace(recipe, seed=seed)
+            seeded = replace(variant, seed=seed)
             model = build(model_name, method, len(data.classes), seeded, pretrained=pretrained, weights=weights)
-            title = method if len(seeds) == 1 else f"{method}, seed {seed},"
-            own = replace(options, folder=folder / method / f"seed-{seed}", checkpoints=False, title=title)
-            runs.append(run_once(model, method, data, seeded, model_name, process, own))
+            title = name if len(seeds) == 1 else f"{name}, seed {seed},"
+            own = replace(options, folder=folder / name / f"seed-{seed}", checkpoints=False, title=title)
+            runs.append(run_once(model, name, data, seeded, model_name, process, own))
             write_results(folder, Comparison(about, runs))
-    order = {method: position for position, method in enumerate(methods)}
+    order = {name: position for position, (name, _, _) in enumerate(rows)}
     chosen = [run for run in runs if run.method in order and run.seed in seeds]
     return Comparison(about, sorted(chosen, key=lambda run: (order[run.method], run.seed)))
+
+
+def variants(methods: Sequence[str], recipe: Recipe) -> list[tuple[str, str, Recipe]]:
+    """(name in the table, method, recipe) of what is run for ``methods``."""
+    if recipe.weight_bits != 8:
+        return [(method, method, recipe) for method in methods]
+    rows = []
+    for method in methods:
+        rows.append((method, method, replace(recipe, weight_bits=32)))
+        if method != "full":  # which freezes no weight
+            rows.append((f"{method}-{recipe.weight_code}", method, recipe))
+    return rows
 
 
 def run_once(
@@ -176,7 +191,7 @@ def run_once(
     training = Training(model, data, recipe, input_config(model_name), process=process, options=options)
     images, labels = example_batch(data, recipe, training, model_name)
     model.train()
-    with training.autocast():
+    with training.autocast(), training.stepping():
         report = measure_memory(model, images, labels, training.optimizer)
     result = training.run()
     return Run(

@@ -19,8 +19,9 @@ from ..models import InputConfig
 from .checkpoint import load_checkpoint, random_state, remove_leftovers, save_checkpoint, set_random_state
 from .data import Data, PictureDataset, TestBatches, TrainingBatches, batches_of, make_loader
 from .distributed import Process
+from .in_backward import step_in_backward
 from .logs import Log
-from .recipe import Recipe
+from .recipe import OPTIMIZERS, Recipe
 from .signals import Interrupted, StopRequest
 
 
@@ -37,6 +38,8 @@ class Options:
         progress: Print a bar and a line an epoch.
         tensorboard: Write event files; None does so where tensorboard is installed.
         title: Stands before the bar and the lines.
+        step_in_backward: Consume each gradient as it arrives, so that they are never all in memory; see
+            :func:`step_in_backward`. A run may be resumed with another choice.
     """
 
     folder: Path | None = None
@@ -47,6 +50,7 @@ class Options:
     progress: bool = True
     tensorboard: bool | None = None
     title: str = ""
+    step_in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,30 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
+def check_step_in_backward(recipe: Recipe, process: Process) -> None:
+    """Refuse what needs all gradients at once, or more than one backward a step.
+
+    Raises:
+        TinyTLError: Says which of them, and what to do.
+    """
+    if recipe.accumulate > 1:
+        raise TinyTLError(
+            f"step_in_backward: a gradient is used and freed in its own backward, so the gradients of "
+            f"{recipe.accumulate} forward passes cannot be added up; use --accumulate 1, or do without "
+            "--step-in-backward and keep the gradients (as many bytes as trained parameters)"
+        )
+    if recipe.amp == "float16":
+        raise TinyTLError(
+            "step_in_backward: float16's gradient scaler looks for infinities in all gradients before any is used; "
+            "use --amp bfloat16"
+        )
+    if process.world_size > 1:
+        raise TinyTLError(
+            f"step_in_backward: the gradients of {process.world_size} processes are averaged after backward; "
+            "train in one process, or do without --step-in-backward"
+        )
+
+
 class Training:
     """One model on its way through one recipe.
 
@@ -92,6 +120,9 @@ class Training:
         process: This process among those that train together.
         identity: Names the run for its checkpoints (model, method, ...).
         options: Files and output.
+
+    Raises:
+        TinyTLError: ``options.step_in_backward`` with several processes, float16 or accumulated gradients.
 
     Example:
         >>> import tinytl_kernels as tk
@@ -115,10 +146,13 @@ class Training:
     ) -> None:
         self.process = process or Process(torch.device("cpu"))
         self.recipe, self.options = recipe, options or Options()
+        if self.options.step_in_backward:
+            check_step_in_backward(recipe, self.process)
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(self.process.device, memory_format=self.format)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        optimizer = OPTIMIZERS[recipe.optimizer]
+        self.optimizer = optimizer(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.amp == "float16")
         rank, world_size = self.process.rank, self.process.world_size
         self.batches = TrainingBatches(len(data.train.labels), recipe.batch_size, recipe.seed, rank, world_size)
@@ -165,7 +199,7 @@ class Training:
             title=options.title,
             first_step=progress.steps,
         )
-        with StopRequest() as stop, contextlib.closing(log):
+        with StopRequest() as stop, contextlib.closing(log), self.stepping():
             while progress.epoch < self.recipe.epochs:
                 self._train_epoch(runner, log, stop)
                 self._end_epoch(log, stop)
@@ -216,9 +250,12 @@ class Training:
         """Copy the sums from the device; a loss that is not a number ends the run here, before it is saved."""
         progress = self.progress
         progress.loss, progress.correct, progress.images = sums.tolist()
-        if not math.isfinite(progress.loss):
+        self._check_loss(progress.loss)
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise TinyTLError(
-                f"the loss became {progress.loss} in epoch {progress.epoch + 1}; try a lower learning rate (--lr)"
+                f"the loss became {loss} in epoch {self.progress.epoch + 1}; try a lower learning rate (--lr)"
             )
 
     def _forward_backward(
@@ -235,10 +272,16 @@ class Training:
             with self.autocast():
                 logits = runner(images)
                 loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.recipe.label_smoothing)
+            if self.options.step_in_backward:
+                self._check_loss(loss.item())  # after backward the parameters would have it
             self.scaler.scale(loss * (self.process.world_size / step_images)).backward()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             return torch.stack([loss.double(), correct.double(), correct.new_tensor(len(labels)).double()])
+
+    def stepping(self) -> contextlib.AbstractContextManager:
+        """Inside, backward steps the optimizer where the options ask for that."""
+        return step_in_backward(self.optimizer) if self.options.step_in_backward else contextlib.nullcontext()
 
     def _set_learning_rate(self) -> None:
         rate = self.recipe.learning_rate_at(self.progress.steps, self.recipe.epochs * self.steps_per_epoch)

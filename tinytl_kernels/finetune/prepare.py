@@ -28,7 +28,7 @@ def prepare(
         name: See :func:`tinytl_kernels.models.build_model`.
         method: One of ``METHODS``.
         num_classes: Outputs of the new classifier.
-        recipe: Its seed, dropout and resolution count here.
+        recipe: Its seed, dropout, resolution and weight bits count here.
         pretrained: Load the library's weights.
         weights: A local state_dict instead.
 
@@ -44,6 +44,9 @@ def prepare(
     torch.manual_seed(recipe.seed)  # building a model draws random numbers, loading one does not
     example = torch.zeros(1, 3, recipe.resolution, recipe.resolution)
     try:
-        return convert(model, method, num_classes=num_classes, example_input=example, inplace=True)
+        return convert(
+            model, method, num_classes=num_classes, example_input=example, inplace=True,
+            weight_bits=recipe.weight_bits, weight_code=recipe.weight_code,
+        )  # fmt: skip
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise TinyTLError(f"cannot convert {name} for {method!r}: {error}") from error

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
+from ..core.quantization import CODES
 from ..errors import TinyTLError
+from .adam8bit import Adam8bit
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adam8bit": Adam8bit}
 
 # Learning rate and label smoothing at batch 8 for the paper's data sets (the authors' training code).
 _PAPER: dict[str, tuple[float, float]] = {
@@ -49,8 +55,11 @@ class Recipe:
         crop_scale: Smallest share of a training picture's area that a random crop keeps; 1 turns crops off.
         flip: Mirror training pictures left to right with probability 1/2.
         amp: None, "bfloat16" or "float16": the dtype of ``torch.autocast``.
+        weight_bits: 8 holds the frozen weights in 8 bits, 32 leaves them; see :func:`tinytl_kernels.convert`.
+        weight_code: How 8 bits code a weight: "int8" or "kmeans".
         channels_last: Keep activations in channels_last, the layout the kernels compute in.
         seed: Of everything random: new layers, order, crops, dropout.
+        optimizer: "adam", or "adam8bit" with a quarter of its state; see :class:`~tinytl_kernels.finetune.Adam8bit`.
     """
 
     learning_rate: float = 3e-4
@@ -64,8 +73,11 @@ class Recipe:
     crop_scale: float = 0.22
     flip: bool = True
     amp: str | None = None
+    weight_bits: int = 32
+    weight_code: str = "int8"
     channels_last: bool = True
     seed: int = 0
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "resolution"):
@@ -80,6 +92,12 @@ class Recipe:
                 raise TinyTLError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if not 0 < self.crop_scale <= 1:
             raise TinyTLError(f"crop_scale: expected a share in (0, 1], got {self.crop_scale}")
+        if self.optimizer not in OPTIMIZERS:
+            raise TinyTLError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.weight_bits not in (8, 32):
+            raise TinyTLError(f"weight_bits: expected 8 or 32, got {self.weight_bits}")
+        if self.weight_code not in CODES:
+            raise TinyTLError(f"weight_code: expected one of {', '.join(CODES)}, got {self.weight_code!r}")
         if self.amp not in (None, "bfloat16", "float16"):
             raise TinyTLError(f"amp: expected bfloat16 or float16, got {self.amp!r}")
 

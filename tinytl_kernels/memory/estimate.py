@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_kernels.memory.inputs import as_arguments, batch_size, input_tensors, unwrap
 from tinytl_kernels.memory.report import format_bytes, largest, plot_memory, render_table
-from tinytl_kernels.nn import FrozenInvertedResidual
+from tinytl_kernels.nn import FrozenInvertedResidual, LiteResidual
 
 ACTIVATION_BYTES = 4
 TRAINED_BYTES = 4
@@ -165,7 +165,7 @@ def estimate_memory(model: nn.Module, example_input: Any) -> MemoryEstimate:
     followed.
 
     **Converted models.** ``FrozenConvBias`` is a convolution with a frozen weight, followed by a row for its fused
-    activation. In a ``LiteResidualBlock`` the main branch comes first, then the lite residual.
+    activation; so is a norm with one. In a ``LiteResidualBlock`` the main branch comes first, then the lite residual.
 
     Args:
         model: any ``torch.nn.Module``; left exactly as it was. Runs once, in eval mode and without gradients; on the
@@ -204,10 +204,10 @@ def estimate_memory(model: nn.Module, example_input: Any) -> MemoryEstimate:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that the run leaves no trace in running statistics, and whole blocks layer by layer, so that their
-    layers are seen; every module's own flags come back."""
+    """Eval mode, so that the run leaves no trace in running statistics, and operators of several layers one by one, so
+    that the layers are seen; every module's own flags come back."""
     modes = {module: module.training for module in model.modules()}
-    blocks = [module for module in model.modules() if isinstance(module, FrozenInvertedResidual) and module.fused]
+    blocks = [m for m in model.modules() if isinstance(m, (FrozenInvertedResidual, LiteResidual)) and m.fused]
     try:
         model.eval()
         for block in blocks:
@@ -338,9 +338,10 @@ class _Recorder(TorchDispatchMode):
             saved = _bits(given) if _class_names(module) & _ONE_BIT_MODULES else _bytes(given)
         self.events.append(_Event(name, kind, temporaries, saved, trained))
         fused = getattr(module, "activation", None)
-        if kind == "conv" and isinstance(fused, str):
-            saved = _bits(output) if fused in _ONE_BIT_NAMES else _bytes(output)
-            self.events.append(_Event(f"{name}.activation", "activation", _bytes(output), saved, trained=False))
+        if kind in ("conv", "norm") and isinstance(fused, str):
+            result = given if output is None else output  # a norm is counted before it has run, and keeps the shape
+            saved = _bits(result) if fused in _ONE_BIT_NAMES else _bytes(result)
+            self.events.append(_Event(f"{name}.activation", "activation", _bytes(result), saved, trained=False))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         operator = func._schema.name.removeprefix("aten::").removesuffix("_")

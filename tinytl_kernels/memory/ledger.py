@@ -149,6 +149,16 @@ class StorageLedger(TorchDispatchMode):
         _, _, phase, layer = self.events[at] if at >= 0 else (0, 0, "", "")
         return best, phase, layer, +alive
 
+    def most(self, serials: Iterable[int]) -> int:
+        """Replays the books for some blocks alone: the most bytes of theirs alive at once."""
+        chosen = set(serials)
+        total = best = 0
+        for serial, change, _, _ in self.events:
+            if serial in chosen:
+                total += change
+                best = max(best, total)
+        return best
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operator = str(func.overloadpacket)

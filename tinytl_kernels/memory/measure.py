@@ -31,15 +31,20 @@ class MemoryReport:
     Attributes:
         trained: parameters with ``requires_grad``.
         frozen: all other parameters.
-        buffers: the model's buffers (running statistics, quantised weights).
-        gradients: ``.grad`` of the parameters after backward.
+        buffers: the model's buffers (running statistics, scales of weights in 8 bits).
+        gradients: ``.grad`` of all parameters, where most of them are alive at once: after backward; or, where the
+            optimizer steps in backward, when a gradient arrives that is freed before the next.
         optimizer: the optimizer's state, as it is from the second step on.
         saved: alive between the end of forward and the start of backward, beyond parameters, buffers, optimizer state,
             input, target and the loss itself. The model's output counts only if something keeps it for backward.
         saved_input: the part of the input that autograd keeps as well; no extra memory as long as the caller holds it.
         peak: the most bytes alive at once during the step beyond parameters, buffers, input and target: optimizer
             state, gradients, saved tensors and temporaries of forward, backward and optimizer step.
-        peak_phase: ``"forward"`` (with the loss), ``"backward"`` or ``"optimizer"``: where the peak occurs.
+        activations: the most bytes of saved tensors and temporaries alive at once in forward and backward: the paper's
+            peak of activations, measured. It may occur at another moment than :attr:`peak`. On CUDA a lower bound: all
+            gradients are taken as alive throughout backward.
+        peak_phase: ``"forward"`` (with the loss), ``"backward"`` or ``"optimizer"`` (also of one that steps in
+            backward): where the peak occurs.
         peak_layer: the module at the peak, in backward the one whose gradient is computed; ``""`` outside of modules,
             and on CUDA, where the allocator does not say.
         at_peak: the peak by part: optimizer, gradients, saved, temporaries. On CUDA ``saved`` is the smaller of
@@ -61,6 +66,7 @@ class MemoryReport:
     saved: int
     saved_input: int
     peak: int
+    activations: int
     peak_phase: str
     peak_layer: str
     at_peak: dict[str, int]
@@ -79,6 +85,12 @@ class MemoryReport:
     def total(self) -> int:
         """Bytes of training as a whole, input and target aside: ``parameters + buffers + peak``."""
         return self.parameters + self.buffers + self.peak
+
+    @property
+    def paper(self) -> int:
+        """Bytes of training as the paper counts them, without gradients and optimizer state: ``parameters + buffers +
+        activations``."""
+        return self.parameters + self.buffers + self.activations
 
     def stack(self) -> dict[str, int]:
         """The bytes at the peak by part, for :func:`plot_memory`; they add up to :attr:`total`."""
@@ -101,6 +113,7 @@ class MemoryReport:
             (f"peak of the step, in {self.peak_phase}{where}", self.peak),
             *((f"  {part}", size) for part, size in self.at_peak.items()),
             ("parameters + buffers + peak", self.total),
+            ("parameters + buffers + activations, the paper's count", self.paper),
         ]
         if self.process_peak is not None:
             parts.append(("growth of the process (resident)", self.process_peak))
@@ -143,7 +156,8 @@ def measure_memory(
             arguments.
         target: for the cross entropy of the model's output: class indices ``(N,)`` or probabilities ``(N, classes)``.
             ``None``: class 0 for a two-dimensional output, otherwise the loss is the sum of all outputs.
-        optimizer: over the model's parameters. ``None``: a fresh ``torch.optim.Adam`` over the trained ones.
+        optimizer: over the model's parameters. ``None``: a fresh ``torch.optim.Adam`` over the trained ones. It may
+            step in backward (:func:`tinytl_kernels.finetune.step_in_backward`), and keep its state in any dtype.
 
     Returns:
         A :class:`MemoryReport`; print it for the tables.
@@ -195,6 +209,8 @@ class _Step:
     ) -> None:
         self.model, self.args, self.kwargs, self.target, self.optimizer = model, args, kwargs, target, optimizer
         self.module = unwrap(model)
+        self.gradient_bytes = 0
+        self.gradient_serials: set[int] = set()
         self.inputs = input_tensors((args, kwargs))
         self.stack = ModuleStack(self.module)
         self.saved = SavedTensors(self.stack)
@@ -225,6 +241,30 @@ class _Step:
                 "pass one whose step() needs no closure"
             ) from error
 
+    @contextmanager
+    def gradients_watched(self, ledger: StorageLedger | None = None) -> Iterator[None]:
+        """Looks at the gradients whenever the optimizer is about to use them, in backward or after it."""
+        interrupted: list[str] = []
+
+        def before(*_: Any) -> None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.gradient_bytes = max(self.gradient_bytes, _bytes(gradients))
+            if ledger is not None:
+                self.gradient_serials |= ledger.serials(gradients)
+                interrupted.append(ledger.phase)
+                ledger.phase = "optimizer"
+
+        def after(*_: Any) -> None:
+            if ledger is not None:
+                ledger.phase = interrupted.pop()
+
+        handles = [self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def state(self) -> list[Tensor]:
         return input_tensors([dict(state) for state in self.optimizer.state.values()])
 
@@ -244,12 +284,13 @@ class _Step:
     def by_storages(self) -> MemoryReport:
         resident = reset_high_water_mark()
         self.prime_optimizer()
+        reset_high_water_mark()  # priming holds all gradients, and a copy of the parameters
         ledger = StorageLedger(self.stack, self._existing())
         try:
             with torch.compiler.set_stance("force_eager"):
                 ledger.phase = _STATE
                 ledger.adopt(self.state())
-                with ledger:
+                with ledger, self.gradients_watched(ledger):
                     ledger.phase = "forward"
                     loss = self.forward()
                     before = {*map(_address, self._existing()), _address(loss)}
@@ -264,8 +305,6 @@ class _Step:
                     ledger.phase = "backward"
                     self.backward(loss)
                     del loss
-                    gradients = self._gradients()
-                    gradient_serials = ledger.serials(gradients)
                     ledger.phase = "optimizer"
                     self.optimize()
                     state_serials = ledger.serials(self.state())
@@ -276,19 +315,24 @@ class _Step:
         def part(serial: int) -> str:
             if serial in state_serials:
                 return "optimizer"
-            if serial in gradient_serials:
+            if serial in self.gradient_serials:
                 return "gradients"
             return "saved" if id(ledger.blocks[serial]) in kept else "temporaries"
 
         peak, phase, layer, blocks = ledger.peak()
+        activations = ledger.most(
+            serial
+            for serial, block in enumerate(ledger.blocks)
+            if part(serial) in ("saved", "temporaries") and block.phase in ("forward", "backward")
+        )
         at_peak = Counter({"optimizer": 0, "gradients": 0, "saved": 0, "temporaries": 0})
         for serial, size in blocks.items():
             at_peak[part(serial)] += size
         return self._report(
-            gradients=_bytes(gradients),
             saved=sum(row.saved for row in layers),
             saved_input=saved_input,
             peak=peak,
+            activations=activations,
             peak_phase=phase,
             peak_layer=layer,
             at_peak=dict(at_peak),
@@ -301,7 +345,7 @@ class _Step:
         self.backward(self.forward())  # warm-up
         for parameter in self.model.parameters():
             parameter.grad = None
-        base = torch.cuda.memory_allocated(device)
+        base = torch.cuda.memory_allocated(device) - _bytes(self.state())
         self.prime_optimizer()
         state = torch.cuda.memory_allocated(device) - base
         peaks: dict[str, int] = {}
@@ -319,22 +363,22 @@ class _Step:
         before = {*map(_address, self._existing()), _address(loss)}
         layers = self.saved.layers(class_names(self.module), before, None)
         saved_input = self._saved_input()
-        with phase("backward"):
-            self.backward(loss)
-            del loss
-        gradients = self._gradients()
-        with phase("optimizer"):
-            self.optimize()
+        with self.gradients_watched():
+            with phase("backward"):
+                self.backward(loss)
+                del loss
+            with phase("optimizer"):
+                self.optimize()
         worst = max(peaks, key=lambda name: peaks[name])
-        at_peak = {"optimizer": state, "gradients": 0 if worst == "forward" else _bytes(gradients)}
+        at_peak = {"optimizer": state, "gradients": 0 if worst == "forward" else self.gradient_bytes}
         left = max(0, peaks[worst] - sum(at_peak.values()))
         at_peak["saved"] = 0 if worst == "optimizer" else min(saved, left)
         at_peak["temporaries"] = left - at_peak["saved"]
         return self._report(
-            gradients=_bytes(gradients),
             saved=saved,
             saved_input=saved_input,
             peak=peaks[worst],
+            activations=max(peaks["forward"], peaks["backward"] - self.gradient_bytes) - state,
             peak_phase=worst,
             peak_layer="",
             at_peak=at_peak,
@@ -349,6 +393,7 @@ class _Step:
             trained=_bytes(p for p in parameters if p.requires_grad),
             frozen=_bytes(p for p in parameters if not p.requires_grad),
             buffers=_bytes(self.model.buffers()),
+            gradients=self.gradient_bytes,
             optimizer=_bytes(self.state()),
             batch=batch_size(self.inputs),
             device=str(parameters[0].device),
@@ -358,9 +403,6 @@ class _Step:
     def _existing(self) -> list[Tensor]:
         target = [] if self.target is None else [self.target]
         return [*self.model.parameters(), *self.model.buffers(), *self.inputs, *target]
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _saved_input(self) -> int:
         addresses = set(map(_address, self.inputs))
