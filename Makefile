@@ -20,7 +20,14 @@ $(READY): setup.py constraints.txt
 
 test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
+	$(MAKE) --jobs=2 --output-sync=line test-triton test-others
+
+# The interpreter is single-threaded: beside it a core would idle.
+.PHONY: test-triton test-others
+test-triton:
+	$(BIN)/python -m pytest tests/backends/triton
+test-others:
+	$(BIN)/python -m pytest tests --ignore tests/backends/triton
 
 asan: $(READY) ## tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m tests.backends.cpu.sanitized
