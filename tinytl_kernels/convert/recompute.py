@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tinytl_kernels.memory.report import format_bytes
-from tinytl_kernels.nn import FrozenConvBias
+from tinytl_kernels.nn import FrozenConvBias, LiteResidualBlock
 from tinytl_kernels.nn.recomputed import kept_bytes, mixes_images, recompute
 
 from .example import Capture, accelerators, deviation, evaluating, run_example
@@ -49,7 +49,7 @@ def recompute_blocks(
         report: Gets a note for each module, with the bytes.
     """
     names = {module: name for name, module in model.named_modules()}
-    blocks = [block for block in blocks if block in names]
+    blocks = _with_branches(model, [block for block in blocks if block in names])
     capture = run_example(model, example_input)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if capture.output is None or like is None:
@@ -73,6 +73,20 @@ def recompute_blocks(
         # What is kept inside while a few images are computed again is nobody's concern.
         report.kept = [note for note in report.kept if not f"{note.path}.".startswith(f"{name}.")]
         report.done.append(Note(name, type(step.module).__name__, step.text()))
+
+
+def _with_branches(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks, each with the lite residual around it if that keeps no statistics: both read the same kept input."""
+    around = {
+        pair.main: pair
+        for pair in model.modules()
+        if isinstance(pair, LiteResidualBlock) and not any(map(_keeps_statistics, pair.lite.modules()))
+    }
+    return [around.get(block, block) for block in blocks]
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 @dataclass
@@ -140,7 +154,7 @@ def _measured(module: nn.Module, capture: Capture, like: Tensor) -> _Step:
 def _refusal(module: nn.Module, capture: Capture, like: Tensor) -> str:
     """Why ``module`` cannot be computed a few images at a time, else an empty string."""
     for inner in module.modules():
-        if isinstance(inner, _NormBase) and inner.track_running_stats:
+        if _keeps_statistics(inner):
             return "a norm inside updates its statistics in training"
         if reason := tampered(inner):
             return reason

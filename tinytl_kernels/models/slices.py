@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual
+from tinytl_kernels.nn.recomputed import Recomputed
 
 # With more, putting the parts together is the worst moment already.
 SLICES = 4
@@ -36,6 +37,8 @@ def run_in_slices(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
 
 def _treat_pictures_one_by_one(modules: Sequence[nn.Module]) -> bool:
     layers = [module for whole in modules for module in whole.modules()]
+    if any(isinstance(module, Recomputed) for module in layers):
+        return False  # they see to it themselves, and would not know each other in the tensor put together again
     frozen = any(isinstance(module, (FrozenConvBias, FrozenInvertedResidual)) for module in layers)
     return frozen and not any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in layers

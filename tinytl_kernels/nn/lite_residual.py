@@ -109,7 +109,10 @@ class LiteResidual(nn.Module):
         """The branch after its pooling: (N, in_channels, H / downsample, W / downsample) -> (N, out_channels, h, w)."""
         if self.fused and self._is_one_operator(pooled):
             return self._one_operator(pooled)
-        kept, rest = (pooled, self._branch) if self.recompute else (self.conv1(pooled), self._after_conv1)
+        # A trained convolution that computes its weight (weight standardisation) would keep that computation, three
+        # times the weight.
+        recompute = self.recompute or (type(self.conv1) is not nn.Conv2d and self.conv1.weight.requires_grad)
+        kept, rest = (pooled, self._branch) if recompute else (self.conv1(pooled), self._after_conv1)
         # The compiler decides by itself what to recompute.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return checkpoint(
