@@ -44,6 +44,13 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "int[2] stride, int[4] padding, int[2] dilation, str activation, bool need_input, bool need_bias) -> "
       "(Tensor grad_input, Tensor grad_bias)");
   m.def(
+      "dense_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int[2] stride, int[4] padding, "
+      "int[2] dilation, int groups, str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
+  m.def(
+      "dense_backward(Tensor grad_output, Tensor mask, Tensor weight, Tensor? weight_scale, int[4] input_size, "
+      "int[2] stride, int[4] padding, int[2] dilation, int groups, str activation, bool need_input, bool need_bias) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
+  m.def(
       "max_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
       "bool ceil_mode, bool needs_positions) -> (Tensor out, Tensor positions)");
   m.def(
@@ -111,6 +118,8 @@ TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(pointwise_backward);
   TINYTL_IMPL(depthwise_forward);
   TINYTL_IMPL(depthwise_backward);
+  TINYTL_IMPL(dense_forward);
+  TINYTL_IMPL(dense_backward);
   TINYTL_IMPL(max_pool2d_forward);
   TINYTL_IMPL(max_pool2d_backward);
   TINYTL_IMPL(avg_pool2d_forward);

@@ -31,7 +31,7 @@ TESTS = ["tests/backends/cpu", "tests/ops", "--ignore=tests/backends/cpu/test_bu
 DESELECTED = "not compiles and not opcheck and not gradcheck and not process"
 
 # The kernels whose speed is their multiply-add.
-ARITHMETIC = ["depthwise_conv", "inverted_residual_backward", "inverted_residual_forward", "pointwise"]
+ARITHMETIC = ["dense_conv", "depthwise_conv", "inverted_residual_backward", "inverted_residual_forward", "pointwise"]
 VECTOR_FMA = re.compile(r"\bfmla\s+v\d+\.4s")
 
 

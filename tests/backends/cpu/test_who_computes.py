@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.backends.cpu.exact import operator
 from tinytl_kernels.backends import cpu, reference
+from tinytl_kernels.backends.cpu import frozen_conv
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -52,12 +53,13 @@ WEIGHTS = {
     "pointwise": (torch.randn(24, 16, 1, 1), 1),
     "depthwise": (torch.randn(16, 1, 3, 3), 16),
     "dense": (torch.randn(24, 16, 3, 3), 1),
-    "grouped": (torch.randn(24, 4, 3, 3), 4),
+    "narrow groups": (torch.randn(24, 4, 3, 3), 4),
 }
 SMOOTH = {"hardswish": "hardswish", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu"}
 OWN = {
     "pointwise": ({"cpu.pointwise_forward"}, {"cpu.pointwise_backward"}),
     "depthwise": ({"cpu.depthwise_forward"}, {"cpu.depthwise_backward"}),
+    "dense": ({"cpu.dense_forward"}, {"cpu.dense_backward"}),
 }
 # oneDNN and one pass of our own; the input gradient of a convolution is a transposed convolution.
 MIXED = ({"convolution", "cpu.bias_activation_"}, {"cpu.activation_backward", "convolution"})
@@ -77,21 +79,42 @@ def run_convolution(kind: str, activation: str | None) -> tuple[set[str], set[st
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("kind", ["pointwise", "depthwise"])
-def test_pointwise_and_depthwise_are_computed_here_alone(kind, activation):
+@pytest.mark.parametrize("kind", OWN)
+def test_convolutions_as_wide_as_a_vector_are_computed_here_alone(kind, activation):
     assert run_convolution(kind, activation) == OWN[kind]
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid"])
-@pytest.mark.parametrize("kind", ["dense", "grouped"])
-def test_dense_and_grouped_are_onednn_and_one_pass_of_our_own(kind, activation):
-    forward, backward = run_convolution(kind, activation)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_narrow_groups_are_onednn_and_one_pass_of_our_own(activation):
+    forward, backward = run_convolution("narrow groups", activation)
     assert forward == MIXED[0]
     assert backward - {"add_"} == MIXED[1]  # add_: bias gradients of the chunks of images
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_large_weights_are_onednns_where_it_has_the_arithmetic(dtype):
+    input, weight = torch.randn(1, 144, 4, 4).to(dtype), torch.randn(144, 144, 3, 3).to(dtype)
+    _, forward = recorded("frozen_conv", input, weight, None, [1, 1], [1] * 4, [1, 1], 1, "relu", True)
+    ours = dtype == torch.float16 and not frozen_conv._onednn_knows_more(dtype)
+    assert forward == ({"cpu.dense_forward"} if ours else MIXED[0])
+
+
+@pytest.mark.parametrize("need_input", [True, False])
+def test_a_stem_is_computed_here_and_only_its_input_gradient_is_onednns(need_input):
+    input = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 3, 3, 3)
+    numbers = ([2, 2], [0, 1, 0, 1], [1, 1], 1)
+    (output, saved), forward = recorded("frozen_conv", input, weight, None, *numbers, "relu6", True)
+    assert forward == {"cpu.dense_forward"}
+    (grad_input, _), backward = recorded(
+        "frozen_conv_backward", output, weight, saved, list(input.shape), *numbers, "relu6", True, need_input, True
+    )
+    assert grad_input.numel() == (input.numel() if need_input else 0)
+    assert backward - {"add_"} == (MIXED[1] if need_input else {"cpu.activation_backward"})
+
+
 @pytest.mark.parametrize("activation", ["leaky_relu", "hardsigmoid"])
-@pytest.mark.parametrize("kind", ["pointwise", "depthwise"])
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_rarer_activations_take_the_convolution_of_onednn(kind, activation):
     forward, backward = run_convolution(kind, activation)
     assert forward == MIXED[0]

@@ -1,12 +1,15 @@
-"""Frozen convolutions on the CPU: ``pointwise.cpp``, ``depthwise_conv.cpp``, and oneDNN for the dense ones.
+"""Frozen convolutions on the CPU: ``pointwise.cpp``, ``depthwise_conv.cpp``, ``dense_conv.cpp``; oneDNN for the rest.
 
-A dense or grouped k x k convolution is oneDNN's through ATen; bias, activation and bit mask are one pass over its
-output (``activation.cpp``), and in backward the masked gradient and the bias gradient are one pass over a few images
-at a time, which oneDNN then takes to the input gradient. Weights in 8 bits are unpacked by the C++ kernels while they
-pack their operands, and a slice of channels at a time for oneDNN.
+What a dense or grouped k x k convolution is computed with is decided by :func:`_kernel`, by measurement. Where it is
+oneDNN's, through ATen, bias, activation and bit mask are one pass over its output (``activation.cpp``), and in backward
+the masked gradient and the bias gradient are one pass over a few images at a time, which oneDNN then takes to the input
+gradient. Weights in 8 bits are unpacked by the C++ kernels while they pack their operands, and a slice of channels at a
+time for oneDNN.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,8 +21,13 @@ from tinytl_kernels.backends.reference.weights import dequantize_if_small
 from tinytl_kernels.core.activations import FULL_VALUE, LEAKY_SLOPE
 from tinytl_kernels.core.layout import format_of, memory_format
 
-# What the pointwise and depthwise kernels apply themselves.
+# What the pointwise, depthwise and dense kernels apply themselves.
 _IN_KERNEL = {None: "none", "relu": "relu", "relu6": "relu6"}
+
+# Channels a group that fill the vectors of ``dense_conv.cpp``: what it computes has to be at least as wide.
+_DENSE_WIDTH = 16
+# Elements of the largest weight that it is given: 128 x 128 x 3 x 3.
+_DENSE_WEIGHT = 128 * 128 * 3 * 3
 
 
 def frozen_conv(
@@ -32,7 +40,7 @@ def frozen_conv(
         )
     layout = memory_format(input, weight)
     needs_mask = needs_saved and activation is not None
-    kernel = _kernel(weight, groups, padding, activation)
+    kernel = _kernel(weight, groups, padding, activation, input.dtype, weight.size(0) // groups)
     if kernel == "pointwise":
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
             channels_last(input), weight, weight_scale, bias, stride, _IN_KERNEL[activation], needs_mask
@@ -41,6 +49,11 @@ def frozen_conv(
         output, mask = torch.ops.tinytl_cpu.depthwise_forward(
             channels_last(input), weight, weight_scale, bias, stride, padding, dilation, _IN_KERNEL[activation],
             needs_mask,
+        )  # fmt: skip
+    elif kernel == "dense":
+        output, mask = torch.ops.tinytl_cpu.dense_forward(
+            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, groups,
+            _IN_KERNEL[activation], needs_mask,
         )  # fmt: skip
     else:
         # The bias goes to oneDNN too: added after its output was rounded, it would turn signs, and mask bits, around.
@@ -63,7 +76,7 @@ def frozen_conv_backward(
             grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, is_channels_last,
             need_input, need_bias, weight_scale,
         )  # fmt: skip
-    kernel = _kernel(weight, groups, padding, activation)
+    kernel = _kernel(weight, groups, padding, activation, grad_output.dtype, weight.size(1))
     grad_output = channels_last(grad_output)
     if kernel == "pointwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.pointwise_backward(
@@ -74,15 +87,20 @@ def frozen_conv_backward(
             grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, _IN_KERNEL[activation],
             need_input, need_bias,
         )  # fmt: skip
+    elif kernel == "dense":
+        grad_input, grad_bias = torch.ops.tinytl_cpu.dense_backward(
+            grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, groups,
+            _IN_KERNEL[activation], need_input, need_bias,
+        )  # fmt: skip
     else:
-        grad_input, grad_bias = _dense_backward(
+        grad_input, grad_bias = _onednn_backward(
             grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input,
             need_bias, weight_scale,
         )  # fmt: skip
     return in_layout(grad_input, format_of(is_channels_last)) if need_input else grad_input, grad_bias
 
 
-def _dense_backward(
+def _onednn_backward(
     grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, need_input, need_bias,
     weight_scale,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -107,14 +125,51 @@ def _dense_backward(
     return grad_input, grad_bias
 
 
-def _kernel(weight: Tensor, groups: int, padding, activation: str | None) -> str:
+def _kernel(weight: Tensor, groups: int, padding, activation: str | None, dtype: torch.dtype, width: int) -> str:
+    """Who computes a convolution whose results are ``width`` channels a group (backward: input channels)."""
     if activation not in _IN_KERNEL:
-        return "dense"
+        return "onednn"
     if groups == 1 and weight.shape[2:] == (1, 1) and not any(padding):
         return "pointwise"
     if groups == weight.size(0) and weight.size(1) == 1:
         return "depthwise"
-    return "dense"
+    if groups > 1 and width % 8:
+        return "onednn"  # two groups would share a byte of the mask
+    return "dense" if _dense_is_faster(weight, dtype, width) else "onednn"
+
+
+def _dense_is_faster(weight: Tensor, dtype: torch.dtype, width: int) -> bool:
+    # Time of oneDNN with our pass over its output / time of dense_conv.cpp, one thread of a Zen 5 (AVX-512, bfloat16
+    # dot products), 3 x 3 unless it says otherwise, ReLU and mask, batch 8; forward, backward:
+    #                                     float32       bfloat16
+    #     3 -> 32, 224, stride 2          1.06  -       1.26  -
+    #     3 -> 64, 7 x 7, 224, stride 2   1.03  -       1.23  -
+    #     64 -> 64, 56                    1.03  1.00    1.19  1.08
+    #     128 -> 128, 56, stride 2        1.07  1.20    1.21  1.15
+    #     128 -> 128, 28                  1.05  1.02    1.14  1.04
+    #     256 -> 256, 14                  0.99  0.93    1.04  0.97
+    #     512 -> 512, 7                   1.13  1.10    1.08  0.98
+    #     512 -> 512, 7, batch 1          1.36  1.09    1.06  0.99
+    #     groups of 32, 14                1.25  1.07    1.74  1.31      (7 x 7)
+    #     groups of 24, 28                1.12  1.15    1.68  1.42
+    #     groups of 16, 28                0.92  1.63    1.43  1.00
+    #     groups of 8, 28                 0.81  1.04    1.11  0.88
+    #     3 channels' gradient, 224        -    0.94     -    0.81
+    # That is with the weight in cache. In a model a large one comes from memory, and oneDNN reorders it faster: a step
+    # of a ResNet-50 (batch 4, float32) took 0.97 of oneDNN's time with the weights up to 128 x 128 x 3 x 3 computed
+    # here, 1.05 to 1.12 with all of them; in bfloat16 1.01 and 1.15. Hence the limit on their elements.
+    # float16: 4 to 80 times as fast where oneDNN has no float16 arithmetic, and faster at any width.
+    if _onednn_knows_more(dtype):
+        return False
+    return dtype == torch.float16 or (width >= _DENSE_WIDTH and weight.numel() <= _DENSE_WEIGHT)
+
+
+@cache
+def _onednn_knows_more(dtype: torch.dtype) -> bool:
+    """Whether this processor has arithmetic in ``dtype`` that oneDNN uses and ``dense_conv.cpp`` does not."""
+    features = {torch.bfloat16: ("amx_bf16",), torch.float16: ("avx512_fp16", "amx_fp16")}.get(dtype, ())
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(feature, False) for feature in features)
 
 
 OPERATORS = {"frozen_conv": frozen_conv, "frozen_conv_backward": frozen_conv_backward}
