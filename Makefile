@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON_TESTS := tests/backends/triton
 
 .PHONY: help test asan capabilities neon demo bench aot gpu nsight lint format doctor clean
 
@@ -18,16 +19,13 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
+# The interpreter of the GPU kernels is single-threaded: its tests run beside the others and are shown after them.
 test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(MAKE) --jobs=2 --output-sync=line test-triton test-others
-
-# The interpreter is single-threaded: beside it a core would idle.
-.PHONY: test-triton test-others
-test-triton:
-	$(BIN)/python -m pytest tests/backends/triton
-test-others:
-	$(BIN)/python -m pytest tests --ignore tests/backends/triton
+	@$(BIN)/python -m pytest $(TRITON_TESTS) > .triton-tests.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests --ignore $(TRITON_TESTS); others=$$?; \
+	wait $$beside; triton=$$?; cat .triton-tests.log; \
+	echo "exit status: tests $$others, $(TRITON_TESTS) $$triton"; [ $$others = 0 ] && [ $$triton = 0 ]
 
 asan: $(READY) ## tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m tests.backends.cpu.sanitized
