@@ -374,7 +374,7 @@ def test_results_are_named_by_date_gpu_and_commit_and_are_whole(tmp_path, monkey
     assert path.name.endswith("-NVIDIA-H100-80GB-HBM3-0123456789ab.json")
     report.save(path, report.as_text(outcomes()))
     assert json.loads(path.read_text())["about"]["device"] == "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(report.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report.save(path, "half")
     assert json.loads(path.read_text())["format"] == 1

@@ -7,10 +7,8 @@ another backbone unnoticed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tinytl_kernels.convert.head import resize_head, set_num_classes
 from tinytl_kernels.convert.report import ConversionReport, conversion_report, unwrap
+from tinytl_kernels.core.files import replace_file
 
 FORMAT = "tinytl-adapter"
 VERSION = "1"
@@ -67,7 +66,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         "weights": _weights(report),
         "fingerprint": fingerprint(model),
     }
-    _write_atomically(Path(path), save(tensors, metadata))
+    content = save(tensors, metadata)
+    replace_file(path, lambda file: file.write(content))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -202,32 +202,3 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if missing:
         raise ValueError(f"{path}: damaged adapter: its metadata lacks {min(missing)!r}")
     return metadata, tensors
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; an adapter gets the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    # So that the new name survives a power cut; not every system can open a directory.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

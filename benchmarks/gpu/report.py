@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.schedule import Outcome, Row
+from tinytl_kernels.core.files import replace_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 _FORMAT = 1
@@ -145,15 +144,7 @@ def default_path(outcomes: Outcomes) -> Path:
 def save(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def render(outcomes: Outcomes, backend: str = "triton") -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import pickle
 import random
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from ..core.files import replace_file
 from ..errors import TinyTLError
 from .distributed import Process
 
@@ -36,10 +36,7 @@ FORMAT = 1
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that ``path`` holds the old bytes or all of the new ones, whatever happens meanwhile.
-
-    The bytes go to a temporary file in the same folder, are flushed to the device, and are then renamed over
-    ``path``, which the file system does in one step.
+    """:func:`~tinytl_kernels.core.files.replace_file`, with what the system refuses in one line.
 
     Args:
         path: The file to replace.
@@ -49,17 +46,9 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         TinyTLError: The disk is full, or the folder cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        replace_file(path, write)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         cause = _os_error(error)
         if cause is None:
             raise
@@ -73,16 +62,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; where folders cannot be opened (Windows) the system does so by itself."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

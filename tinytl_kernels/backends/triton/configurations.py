@@ -15,7 +15,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import triton
 
 from tinytl_kernels.backends.triton import launch
+from tinytl_kernels.core.files import replace_file
 
 Configuration = tuple[int, ...]
 
@@ -254,15 +254,8 @@ def write(path: Path, here: Target, found: Mapping[Choice, Configuration]) -> No
         shapes.setdefault(choice.tunable, {})[choice.shape] = list(configuration)
     content = {"format": _FORMAT, "target": asdict(here), "configurations": shapes}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the last step is a rename.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", encoding="utf-8", delete=False) as file:
-        try:
-            json.dump(content, file, indent=1)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    text = json.dumps(content, indent=1)
+    replace_file(path, lambda file: file.write(text.encode()))
     reload()
 
 
