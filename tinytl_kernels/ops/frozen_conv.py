@@ -17,8 +17,7 @@ from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.core.quantization import check_weight
 from tinytl_kernels.ops.library import (
-    autocast_to,
-    define_autocast,
+    cast_input,
     define_operator,
     gradient_needed,
     no_second_derivative,
@@ -191,6 +190,7 @@ _frozen_conv = define_operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cast=cast_input,
 )
 
 
@@ -248,7 +248,3 @@ _frozen_conv_backward = define_operator(
     check=_check_backward,
     fake=_fake_backward,
 )
-
-# Only the input is cast: the weight stays float32 in memory and is rounded inside, so that no cast copy of it is kept
-# for backward; the bias and its gradient stay float32.
-define_autocast("frozen_conv", lambda dtype, args: (autocast_to(dtype, args[0]), *args[1:]))

@@ -22,7 +22,7 @@ from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.core.quantization import check_weight
 from tinytl_kernels.ops.avg_pool import check_image
-from tinytl_kernels.ops.library import autocast_to, define_autocast, define_operator, gradient_needed
+from tinytl_kernels.ops.library import cast_input, define_operator, gradient_needed
 
 
 def frozen_inverted_residual(
@@ -250,6 +250,7 @@ _frozen_inverted_residual = define_operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cast=cast_input,
 )
 
 
@@ -278,5 +279,3 @@ _frozen_inverted_residual_backward = define_operator(
     check=lambda *args: None,
     fake=_fake_backward,
 )
-
-define_autocast("frozen_inverted_residual", lambda dtype, args: (autocast_to(dtype, args[0]), *args[1:]))

@@ -43,10 +43,17 @@ class Operator:
     the same autocast rule, the same ``setup_context`` and ``backward``, and the same implementation.
     """
 
-    def __init__(self, name: str, check: Callable[..., None], setup_context: Callable | None, backward: Callable):
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., None],
+        setup_context: Callable | None,
+        backward: Callable,
+        cast: Callable[[torch.dtype, tuple], tuple] | None,
+    ) -> None:
         self.name = name
-        self.cast: Callable[[torch.dtype, tuple], tuple] | None = None
         self._check = check
+        self._cast = cast
         self._dispatched = getattr(torch.ops.tinytl, name).default
         self._function = _autograd_function(name, setup_context, backward)
 
@@ -56,8 +63,8 @@ class Operator:
         device = args[0].device.type
         if not torch.is_autocast_enabled(device):
             return self._run(args)
-        if self.cast is not None:
-            args = self.cast(torch.get_autocast_dtype(device), args)
+        if self._cast is not None:
+            args = self._cast(torch.get_autocast_dtype(device), args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return self._run(args)
 
@@ -110,6 +117,7 @@ def define_operator(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    cast: Callable[[torch.dtype, tuple], tuple] | None = None,
     tags: Sequence[torch.Tag] = (),
 ) -> Operator:
     """Declare ``tinytl::<name>`` from its schema.
@@ -121,6 +129,9 @@ def define_operator(
         fake: shapes, dtypes and strides of the outputs, without computing them.
         setup_context, backward: as in ``torch.library.register_autograd``. Without ``backward`` the operator
             is itself a backward: differentiating it again raises a clear error instead of giving a silent zero.
+        cast: the autocast rule, ``cast(autocast dtype, args) -> args``; it is differentiated through, so that a
+            gradient comes back in the dtype of the argument it belongs to. Without one the operator runs in the dtype
+            of its inputs, as pooling and activations do in PyTorch.
         tags: further operator tags.
 
     Returns:
@@ -143,11 +154,9 @@ def define_operator(
     if backward is None:
         setup_context, backward = None, _refuse_double_backward(name)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    operator = _operators[name] = Operator(name, check, setup_context, backward)
-    return operator
-
-
-_operators: dict[str, Operator] = {}
+    if cast is not None:
+        _register_autocast(name, cast)
+    return Operator(name, check, setup_context, backward, cast)
 
 
 def _refuse_double_backward(name: str) -> Callable:
@@ -165,18 +174,8 @@ def no_second_derivative(name: str) -> RuntimeError:
     )
 
 
-def define_autocast(name: str, cast: Callable[[torch.dtype, tuple], tuple]) -> None:
-    """Give ``tinytl::<name>`` an autocast rule.
-
-    An operator without a rule runs in the dtype of its inputs, as pooling and activations do in PyTorch.
-
-    Args:
-        name: the operator.
-        cast: ``cast(autocast dtype, args) -> args``; it is differentiated through, so that a gradient comes back in
-            the dtype of the argument it belongs to.
-    """
+def _register_autocast(name: str, cast: Callable[[torch.dtype, tuple], tuple]) -> None:
     operator = getattr(torch.ops.tinytl, name).default
-    _operators[name].cast = cast
 
     def rule(device: str) -> Callable:
         def kernel(_keyset, *args):
@@ -195,6 +194,15 @@ def autocast_to(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor
+
+
+def cast_input(dtype: torch.dtype, args: tuple) -> tuple:
+    """The autocast rule of a frozen operator: only its input is cast.
+
+    The weights stay float32 in memory and are rounded inside, so that no cast copy of them is kept for backward; the
+    biases and their gradients stay float32.
+    """
+    return (autocast_to(dtype, args[0]), *args[1:])
 
 
 def gradient_needed(*args: object) -> bool:

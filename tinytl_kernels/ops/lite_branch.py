@@ -17,7 +17,7 @@ from torch import Tensor
 from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.avg_pool import check_image
-from tinytl_kernels.ops.library import autocast_to, define_autocast, define_operator, gradient_needed
+from tinytl_kernels.ops.library import autocast_to, define_operator, gradient_needed
 
 ACTIVATIONS = ("relu", "relu6")
 
@@ -184,6 +184,15 @@ def _backward(ctx, grad_output, *_):
 # Where pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 stand in the schema.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7, 8)
 
+
+def _cast(dtype: torch.dtype, args: tuple) -> tuple:
+    pooled, weight1, *norm1 = args[:6]
+    weight2, *rest = args[6:]
+    cast = (autocast_to(dtype, tensor) for tensor in (pooled, weight1, weight2))
+    pooled, weight1, weight2 = cast
+    return (pooled, weight1, *norm1, weight2, *rest)
+
+
 _lite_branch = define_operator(
     # conv: (H', W', N, M), empty without keep_conv; statistics: mean and biased variance.
     "lite_branch(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor? running_mean1,"
@@ -194,6 +203,7 @@ _lite_branch = define_operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cast=_cast,
 )
 
 
@@ -223,14 +233,3 @@ _lite_branch_backward = define_operator(
     check=lambda *args: None,
     fake=_fake_backward,
 )
-
-
-def _cast(dtype: torch.dtype, args: tuple) -> tuple:
-    pooled, weight1, *norm1 = args[:6]
-    weight2, *rest = args[6:]
-    cast = (autocast_to(dtype, tensor) for tensor in (pooled, weight1, weight2))
-    pooled, weight1, weight2 = cast
-    return (pooled, weight1, *norm1, weight2, *rest)
-
-
-define_autocast("lite_branch", _cast)

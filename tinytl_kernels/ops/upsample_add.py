@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.layout import format_of, memory_format
-from tinytl_kernels.ops.library import define_autocast, define_operator
+from tinytl_kernels.ops.library import define_operator
 
 
 def upsample_add(main: Tensor, branch: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ _upsample_add = define_operator(
     fake=lambda main, branch: torch.empty_like(main, memory_format=memory_format(main)),
     setup_context=_setup_context,
     backward=_backward,
+    cast=lambda dtype, args: (args[0], args[1].to(args[0].dtype)),
 )
 
 
@@ -82,5 +83,3 @@ _upsample_add_backward = define_operator(
     check=lambda *args: None,
     fake=_fake_backward,
 )
-
-define_autocast("upsample_add", lambda dtype, args: (args[0], args[1].to(args[0].dtype)))
