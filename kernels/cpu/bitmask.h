@@ -77,7 +77,9 @@ TINYTL_INLINE uint32_t pass_bits(Vec x) {
   if constexpr (A == Activation::relu) {
     return compare(NotLessEqual(), 0.f);
   } else if constexpr (A == Activation::relu6) {
-    return compare(Greater(), 0.f) & compare(Less(), 6.f);
+    // Positive floats are ordered as their bits are; 0, negative numbers and NaN less one lie beyond those of 6.
+    const __m512i below = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(1));
+    return _mm512_cmplt_epu32_mask(below, _mm512_set1_epi32(0x40C00000 - 1));
   } else if constexpr (A == Activation::leaky_relu) {
     return compare(Greater(), 0.f);
   } else {
@@ -134,17 +136,23 @@ TINYTL_INLINE void store_group_bits(uint8_t* mask, uint32_t bits, int64_t channe
   }
 }
 
+// The mask bits of one group that is not activated yet.
+template <Activation A>
+TINYTL_INLINE uint32_t group_bits(const Vec* group) {
+  uint32_t bits = 0;
+  TINYTL_UNROLL
+  for (int v = 0; v < kGroupVecs; ++v) {
+    bits |= pass_bits<A>(group[v]) << (v * kLanes);
+  }
+  return bits;
+}
+
 // Activates one group in place and stores its mask bits when mask is not null.
 template <Activation A>
 TINYTL_INLINE void activate_group(Vec* group, uint8_t* mask, int64_t channels, float slope = 0.f) {
   if constexpr (A != Activation::none) {
     if (mask != nullptr) {
-      uint32_t bits = 0;
-      TINYTL_UNROLL
-      for (int v = 0; v < kGroupVecs; ++v) {
-        bits |= pass_bits<A>(group[v]) << (v * kLanes);
-      }
-      store_group_bits(mask, bits, channels);
+      store_group_bits(mask, group_bits<A>(group), channels);
     }
     TINYTL_UNROLL
     for (int v = 0; v < kGroupVecs; ++v) {

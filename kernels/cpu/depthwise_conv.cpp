@@ -74,41 +74,38 @@ struct DepthwiseShape {
   }
 };
 
-// Weights as [tap][channel], padded with zeros.
 template <class T>
 at::Tensor pack_taps(const FrozenWeight& weight) {
-  const int64_t width = padded_channels(weight.out_channels);
-  at::Tensor packed = at::zeros({weight.inner, width}, weight.values.options().dtype(at::kFloat));
-  float* to = packed.data_ptr<float>();
-  with_values<T>(weight, [&](const auto& values) {
-    for (int64_t t = 0; t < weight.inner; ++t) {
-      for (int64_t c = 0; c < weight.out_channels; ++c) {
-        to[t * width + c] = static_cast<float>(values(c, t));
-      }
-    }
-  });
+  at::Tensor packed = at::empty(
+      {weight.inner * padded_channels(weight.out_channels)}, weight.values.options().dtype(at::kFloat));
+  pack_depthwise<T>(weight, packed.data_ptr<float>());
   return packed;
 }
 
+// The ring of a task, [group][row][column][kGroup].
 struct Ring {
-  std::vector<Tap> taps;
+  std::vector<Run> runs;
   float* data;
-  int64_t rows, pitch, left, width; // width: padded channels
+  int64_t rows, pitch, left;
 
-  Ring(int64_t num_taps, int64_t rows, int64_t pitch, int64_t left, int64_t inner, int64_t width)
-      : taps(num_taps), rows(rows), pitch(pitch), left(left), width(width) {
-    data = scratch<float>(kRing, rows * pitch * width);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = data + r * pitch * width;
-      std::memset(row, 0, sizeof(float) * left * width);
-      std::memset(row + (left + inner) * width, 0, sizeof(float) * (pitch - left - inner) * width);
+  Ring(int64_t num_taps, int64_t rows, int64_t pitch, int64_t left, int64_t inner, int64_t groups)
+      : runs(num_taps), rows(rows), pitch(pitch), left(left) {
+    data = scratch<float>(kRing, groups * plane());
+    for (int64_t r = 0; r < groups * rows; ++r) {
+      float* row = data + r * pitch * kGroup;
+      std::memset(row, 0, sizeof(float) * left * kGroup);
+      std::memset(row + (left + inner) * kGroup, 0, sizeof(float) * (pitch - left - inner) * kGroup);
     }
   }
-  RingView view() const {
-    return {data, rows, pitch, left, width};
+  int64_t plane() const {
+    return rows * pitch * kGroup;
   }
+  RingView view() const {
+    return {data, rows, pitch, left};
+  }
+  // Column 0 of image row r, first group.
   float* row(int64_t r) {
-    return data + (r % rows * pitch + left) * width;
+    return data + (r % rows * pitch + left) * kGroup;
   }
 };
 
@@ -123,18 +120,18 @@ struct RowToTensor {
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
+      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum);
+    });
+    TINYTL_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
       TINYTL_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        activate_group<a.value>(sum[p], mask.data != nullptr ? mask.at(j0 + p, group) : nullptr, mask.left(group));
-        TINYTL_UNROLL
-        for (int v = 0; v < kGroupVecs; ++v) {
-          const int64_t at = group * kGroup + v * kLanes;
-          if (at < channels) {
-            store_channels(out + (j0 + p) * channels + at, sum[p][v], channels - at);
-          }
+      for (int v = 0; v < kGroupVecs; ++v) {
+        const int64_t at = group * kGroup + v * kLanes;
+        if (at < channels) {
+          store_channels(out + (j0 + p) * channels + at, sum[p][v], channels - at);
         }
       }
-    });
+    }
   }
 };
 
@@ -193,6 +190,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     const float* weights = packed.data_ptr<float>();
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
+    const ColumnRuns columns = forward_columns(w);
     const auto task = [&](int64_t image, int64_t begin, int64_t end) {
       Ring ring(
           w.taps(),
@@ -200,7 +198,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
           std::max(w.pad_left + s.width, (s.out_width - 1) * w.stride_width + s.reach_width() + 1),
           w.pad_left,
           s.width,
-          width);
+          width / kGroup);
       int64_t next = 0;
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row * w.stride_height - w.pad_top;
@@ -210,24 +208,24 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
           float* to = ring.row(next);
           for (int64_t column = 0; column < s.width; ++column) {
             for (int64_t c = 0; c < s.channels; c += kLanes) {
-              load_channels(from + column * s.channels + c, s.channels - c).store(to + column * width + c);
+              load_channels(from + column * s.channels + c, s.channels - c)
+                  .store(to + c / kGroup * ring.plane() + column * kGroup + c % kGroup);
             }
           }
         }
-        const int64_t num_taps = forward_taps(w, ring.view(), s.height, row, weights, ring.taps.data());
         const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
         RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, s.activation, {}};
         if (bits != nullptr) {
           epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, s.channels};
         }
+        const RowRuns row_runs{
+            ring.runs.data(),
+            forward_runs(w, columns, ring.view(), s.height, row, weights, ring.runs.data()),
+            columns.kernel_step,
+            ring.plane(),
+            w.taps()};
         correlate_row(
-            s.out_width,
-            static_cast<int>(width / kGroup),
-            ring.taps.data(),
-            num_taps,
-            w.stride_width * width,
-            init,
-            epilogue);
+            s.out_width, static_cast<int>(width / kGroup), row_runs, w.stride_width, init, epilogue);
       }
     };
     at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -283,6 +281,10 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const float* weights = packed.data_ptr<float>();
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
+    std::vector<ColumnRuns> columns; // of each stride phase
+    for (int64_t phase = 0; phase < std::min(w.stride_width, s.width); ++phase) {
+      columns.push_back(transposed_columns(w, phase));
+    }
     // Output rows [own_begin, own_end) are this task's to sum; the others that it reads are its neighbours'.
     const auto task = [&](int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* total) {
       const int64_t left = std::max<int64_t>(floor_div(s.reach_width() - w.pad_left, w.stride_width), 0);
@@ -292,7 +294,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
           left + std::max(s.out_width, floor_div(s.width - 1 + w.pad_left, w.stride_width) + 1),
           left,
           s.out_width,
-          width);
+          width / kGroup);
       float* sums = scratch<float>(kSums, width);
       std::memset(sums, 0, sizeof(float) * width);
       int64_t next = own_begin;
@@ -314,7 +316,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
                 select_group(group, bits + (first_pixel + column) * mask_stride + c / 8, s.channels - c);
               }
               for (int v = 0; v < kGroupVecs; ++v) {
-                group[v].store(row + column * width + c + v * kLanes);
+                group[v].store(row + c / kGroup * ring.plane() + column * kGroup + v * kLanes);
                 if (summed) {
                   (Vec::loadu(sums + c + v * kLanes) + group[v]).store(sums + c + v * kLanes);
                 }
@@ -328,17 +330,20 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
       };
       for (int64_t row = begin; row < end; ++row) {
         advance(last_row(row) + 1);
-        for (int64_t phase = 0; phase < std::min(w.stride_width, s.width); ++phase) {
-          const int64_t num_taps =
-              transposed_taps(w, ring.view(), s.out_height, row, phase, weights, ring.taps.data());
+        for (int64_t phase = 0; phase < static_cast<int64_t>(columns.size()); ++phase) {
           PhaseToTensor<T> epilogue{
               target + ((image * s.height + row) * s.width + phase) * s.channels, s.channels, w.stride_width};
+          const RowRuns row_runs{
+              ring.runs.data(),
+              transposed_runs(w, columns[phase], ring.view(), s.out_height, row, weights, ring.runs.data()),
+              columns[phase].kernel_step,
+              ring.plane(),
+              w.taps()};
           correlate_row(
               ceil_div(s.width - phase, w.stride_width),
               static_cast<int>(width / kGroup),
-              ring.taps.data(),
-              num_taps,
-              width,
+              row_runs,
+              1,
               nullptr,
               epilogue);
         }

@@ -29,18 +29,85 @@ struct MaskRows {
   int64_t stride = 0; // bytes from pixel to pixel
   int64_t channels = 0; // channels left from this panel's first on
 
-  TINYTL_INLINE Byte* at(int64_t pixel, int group) const {
-    return data + pixel * stride + group * kGroupBytes;
+  TINYTL_INLINE Byte* at(int64_t pixel, int group) const { // null where there is no mask
+    return data != nullptr ? data + pixel * stride + group * kGroupBytes : nullptr;
   }
   TINYTL_INLINE int64_t left(int group) const {
     return channels - group * kGroup;
   }
 };
 
-// GEMM -> activation, mask bits -> ring. offsets[m]: pixel m's place in the ring, in pixels.
+// The mask bits of a pixel whose last group is not whole, or of groups beyond the last channel, which have none.
+template <int GROUPS>
+__attribute__((noinline)) void store_partial_bits(uint8_t* bytes, const uint32_t (&bits)[GROUPS], int64_t channels) {
+  for (int g = 0; g < GROUPS && channels > g * kGroup; ++g) {
+    store_group_bits(bytes + g * kGroupBytes, bits[g], channels - g * kGroup);
+  }
+}
+
+// Activates a tile in place and, when bytes is not null, stores its mask bits. bytes: of the tile's first pixel and
+// group; channels: from that group's first on. A byte written may alias anything, so everything is passed by value.
+template <Activation A, int ROWS, int VECS>
+TINYTL_INLINE void activate_tile(uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS]) {
+  if constexpr (A != Activation::none) {
+    constexpr int GROUPS = VECS / kGroupVecs;
+    if (bytes != nullptr) {
+      const bool whole = channels >= GROUPS * kGroup;
+      TINYTL_UNROLL
+      for (int m = 0; m < ROWS; ++m) {
+        uint32_t bits[GROUPS];
+        TINYTL_UNROLL
+        for (int g = 0; g < GROUPS; ++g) {
+          bits[g] = group_bits<A>(&sum[m][g * kGroupVecs]);
+        }
+        if (whole) {
+          TINYTL_UNROLL
+          for (int g = 0; g < GROUPS; ++g) {
+            store_group_bits(bytes + g * kGroupBytes, bits[g], kGroup);
+          }
+        } else {
+          store_partial_bits(bytes, bits, channels);
+        }
+        bytes += stride;
+      }
+    }
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      TINYTL_UNROLL
+      for (int v = 0; v < VECS; ++v) {
+        sum[m][v] = activate<A>(sum[m][v]);
+      }
+    }
+  }
+}
+
+// Zeroes the blocked gradients of a tile in place; arguments as above, bytes not null.
+template <int ROWS, int VECS>
+TINYTL_INLINE void select_tile(const uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS]) {
+  constexpr int GROUPS = VECS / kGroupVecs;
+  if (channels >= GROUPS * kGroup) {
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      TINYTL_UNROLL
+      for (int g = 0; g < GROUPS; ++g) {
+        select_group(&sum[m][g * kGroupVecs], bytes + m * stride + g * kGroupBytes, kGroup);
+      }
+    }
+  } else {
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      TINYTL_UNROLL
+      for (int g = 0; g < GROUPS; ++g) {
+        select_group(&sum[m][g * kGroupVecs], bytes + m * stride + g * kGroupBytes, channels - g * kGroup);
+      }
+    }
+  }
+}
+
+// GEMM -> activation, mask bits -> ring, [group][pixel][kGroup]. offsets[m]: pixel m's place in the ring, in pixels.
 struct ActivateToRing {
   float* ring;
-  int64_t width; // channels in the panel
+  int64_t plane; // from group to group
   const int64_t* offsets;
   Activation activation;
   MaskRows<uint8_t> mask;
@@ -48,27 +115,23 @@ struct ActivateToRing {
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      TINYTL_UNROLL
-      for (int m = 0; m < ROWS; ++m) {
-        float* target = ring + offsets[m0 + m] * width;
-        TINYTL_UNROLL
-        for (int g = 0; g < GROUPS; ++g) {
-          activate_group<a.value>(
-              &sum[m][g * kGroupVecs], mask.data != nullptr ? mask.at(m0 + m, g) : nullptr, mask.left(g));
-        }
-        TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
-          sum[m][v].store(target + v * kLanes);
-        }
-      }
+      activate_tile<a.value>(mask.at(m0, 0), mask.stride, mask.left(0), sum);
     });
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      float* target = ring + offsets[m0 + m] * kGroup;
+      TINYTL_UNROLL
+      for (int v = 0; v < VECS; ++v) {
+        sum[m][v].store(target + v / kGroupVecs * plane + v % kGroupVecs * kLanes);
+      }
+    }
   }
 };
 
 // GEMM -> gradient kept where the mask passes, summed over pixels -> ring.
 struct SelectToRing {
   float* ring;
-  int64_t width;
+  int64_t plane;
   const int64_t* offsets;
   MaskRows<const uint8_t> mask; // null: everything passes
   float* sums; // += sum over pixels, one a channel of the panel; null: not wanted
@@ -76,20 +139,14 @@ struct SelectToRing {
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     if (mask.data != nullptr) {
-      TINYTL_UNROLL
-      for (int m = 0; m < ROWS; ++m) {
-        TINYTL_UNROLL
-        for (int g = 0; g < GROUPS; ++g) {
-          select_group(&sum[m][g * kGroupVecs], mask.at(m0 + m, g), mask.left(g));
-        }
-      }
+      select_tile(mask.at(m0, 0), mask.stride, mask.left(0), sum);
     }
     TINYTL_UNROLL
     for (int m = 0; m < ROWS; ++m) {
-      float* target = ring + offsets[m0 + m] * width;
+      float* target = ring + offsets[m0 + m] * kGroup;
       TINYTL_UNROLL
       for (int v = 0; v < VECS; ++v) {
-        sum[m][v].store(target + v * kLanes);
+        sum[m][v].store(target + v / kGroupVecs * plane + v % kGroupVecs * kLanes);
       }
     }
     if (sums != nullptr) {
@@ -178,14 +235,7 @@ struct ActivateToTensor {
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      TINYTL_UNROLL
-      for (int m = 0; m < ROWS; ++m) {
-        TINYTL_UNROLL
-        for (int g = 0; g < GROUPS; ++g) {
-          activate_group<a.value>(
-              &sum[m][g * kGroupVecs], mask.data != nullptr && mask.left(g) > 0 ? mask.at(m0 + m, g) : nullptr, mask.left(g));
-        }
-      }
+      activate_tile<a.value>(mask.at(m0, 0), mask.stride, mask.left(0), sum);
     });
     // What is left is an addition without addends.
     AddToTensor<T>{out, stride, valid}.template tile<ROWS, GROUPS>(m0, sum);
@@ -203,16 +253,16 @@ struct ActivateToRows {
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      TINYTL_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        activate_group<a.value>(
-            sum[p], mask.data != nullptr ? mask.at(j0 + p, group) : nullptr, mask.left(group));
-        TINYTL_UNROLL
-        for (int v = 0; v < kGroupVecs; ++v) {
-          store_channels(rows + (j0 + p) * width + group * kGroup + v * kLanes, sum[p][v]);
-        }
-      }
+      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum);
     });
+    Element* target = rows + j0 * width + group * kGroup;
+    TINYTL_UNROLL
+    for (int p = 0; p < PIXELS; ++p, target += width) {
+      TINYTL_UNROLL
+      for (int v = 0; v < kGroupVecs; ++v) {
+        store_channels(target + v * kLanes, sum[p][v]);
+      }
+    }
   }
 };
 
@@ -229,25 +279,26 @@ struct SelectToRows {
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
     if (mask.data != nullptr) {
+      select_tile(mask.at(j0 * step, group), mask.stride * step, mask.left(group), sum);
+    }
+    Element* target = rows + j0 * step * width + group * kGroup;
+    TINYTL_UNROLL
+    for (int p = 0; p < PIXELS; ++p, target += step * width) {
       TINYTL_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        select_group(sum[p], mask.at((j0 + p) * step, group), mask.left(group));
+      for (int v = 0; v < kGroupVecs; ++v) {
+        store_channels(target + v * kLanes, sum[p][v]);
       }
     }
-    TINYTL_UNROLL
-    for (int v = 0; v < kGroupVecs; ++v) {
+    if (sums != nullptr) {
       TINYTL_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        store_channels(rows + (j0 + p) * step * width + group * kGroup + v * kLanes, sum[p][v]);
-      }
-      if (sums != nullptr) {
+      for (int v = 0; v < kGroupVecs; ++v) {
         Vec total = sum[0][v];
         TINYTL_UNROLL
         for (int p = 1; p < PIXELS; ++p) {
           total = total + sum[p][v];
         }
-        float* target = sums + group * kGroup + v * kLanes;
-        (Vec::loadu(target) + total).store(target);
+        float* channel_sums = sums + group * kGroup + v * kLanes;
+        (Vec::loadu(channel_sums) + total).store(channel_sums);
       }
     }
   }

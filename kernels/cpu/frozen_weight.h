@@ -107,20 +107,17 @@ void pack_backward(
   });
 }
 
-// Depthwise taps (C, 1, kh, kw) as [panel][tap][channel], float32, padded with zeros.
+// Depthwise taps (C, 1, kh, kw) as [group][tap][kGroup], float32, padded with zeros.
 template <class T>
-void pack_depthwise(const FrozenWeight& weight, const Panels& panels, float* packed) {
+void pack_depthwise(const FrozenWeight& weight, float* packed) {
   const int64_t taps = weight.inner;
-  std::memset(packed, 0, sizeof(float) * panels.padded() * taps);
+  const int64_t channels = weight.out_channels;
+  std::memset(packed, 0, sizeof(float) * padded_channels(channels) * taps);
   with_values<T>(weight, [&](const auto& values) {
-    for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t width = panels.width(p);
-      const int64_t start = panels.start(p);
-      float* to = packed + start * taps;
-      for (int64_t c = start; c < std::min(start + width, panels.channels); ++c) {
-        for (int64_t t = 0; t < taps; ++t) {
-          to[t * width + c - start] = static_cast<float>(values(c, t));
-        }
+    for (int64_t c = 0; c < channels; ++c) {
+      float* to = packed + c / kGroup * kGroup * taps + c % kGroup;
+      for (int64_t t = 0; t < taps; ++t) {
+        to[t * kGroup] = static_cast<float>(values(c, t));
       }
     }
   });

@@ -17,6 +17,8 @@
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
+
 namespace tinytl::cpu {
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -115,7 +117,7 @@ TINYTL_INLINE void gemm_tile(
     int64_t num_segments,
     const typename Dot::Element* b,
     const float* init,
-    Epilogue& epilogue) {
+    const Epilogue& epilogue) {
   constexpr int VECS = GROUPS * kGroupVecs;
   Vec sum[ROWS][VECS];
   TINYTL_UNROLL
@@ -126,16 +128,28 @@ TINYTL_INLINE void gemm_tile(
       sum[m][v] = start;
     }
   }
-  Vec total[ROWS][VECS]; // lives in memory, touched once every kChainDepth terms
+  alignas(64) float total[ROWS * VECS * kLanes]; // touched once every kChainDepth terms; no Vec, which starts as zeros
   bool flushed = false;
   int64_t chain = 0;
+  const auto add_total = [&]() TINYTL_LAMBDA_INLINE {
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      TINYTL_UNROLL
+      for (int v = 0; v < VECS; ++v) {
+        sum[m][v] = sum[m][v] + Vec::loadu(total + (m * VECS + v) * kLanes);
+      }
+    }
+  };
   for (int64_t s = 0; s < num_segments; ++s) {
     if (chain >= kChainDepth) {
+      if (flushed) {
+        add_total();
+      }
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
         TINYTL_UNROLL
         for (int v = 0; v < VECS; ++v) {
-          total[m][v] = flushed ? total[m][v] + sum[m][v] : sum[m][v];
+          sum[m][v].store(total + (m * VECS + v) * kLanes);
           sum[m][v] = Vec(0.f);
         }
       }
@@ -164,13 +178,7 @@ TINYTL_INLINE void gemm_tile(
     }
   }
   if (flushed) {
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        sum[m][v] = sum[m][v] + total[m][v];
-      }
-    }
+    add_total();
   }
   epilogue.template tile<ROWS, GROUPS>(m0, sum);
 }
@@ -185,7 +193,7 @@ TINYTL_INLINE void gemm_rows(
     int64_t num_segments,
     const typename Dot::Element* b,
     const float* init,
-    Epilogue& epilogue) {
+    const Epilogue& epilogue) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       gemm_tile<Dot, ROWS, GROUPS>(m0, segments, num_segments, b, init, epilogue);
@@ -202,7 +210,7 @@ void gemm_groups(
     int64_t num_segments,
     const typename Dot::Element* b,
     const float* init,
-    Epilogue& epilogue) {
+    Epilogue epilogue) { // a copy, so that no store can be thought to change it
   // Tiles of nearly equal height: 9 pixels are 5 + 4, not 8 + 1.
   const int64_t tiles = ceil_div(pixels, kTileRows);
   const int64_t small = tiles > 0 ? pixels / tiles : 0;
@@ -222,7 +230,7 @@ TINYTL_INLINE void gemm_dispatch(
     int64_t num_segments,
     const typename Dot::Element* b,
     const float* init,
-    Epilogue& epilogue) {
+    const Epilogue& epilogue) {
   if constexpr (GROUPS > 0) {
     if (groups == GROUPS) {
       gemm_groups<Dot, GROUPS>(pixels, segments, num_segments, b, init, epilogue);
@@ -243,7 +251,7 @@ TINYTL_INLINE void gemm_panel(
     int64_t num_segments,
     const typename Dot::Element* b,
     const float* init,
-    Epilogue& epilogue) {
+    const Epilogue& epilogue) {
   detail::gemm_dispatch<Dot, kPanelGroups>(groups, pixels, segments, num_segments, b, init, epilogue);
 }
 
@@ -256,6 +264,37 @@ constexpr int64_t packed_depth(int64_t depth) {
 template <class Dot>
 constexpr int64_t packed_elements(int64_t depth, int64_t channels) {
   return packed_depth<Dot>(depth) * padded_channels(channels);
+}
+
+// One panel of a B whose neighbours in memory are neighbours along k. What a step of the dot product takes from one
+// channel, one float or a pair of bfloat16, is a word, and words are transposed in registers.
+template <class Dot, class Read>
+void transpose_panel(
+    const Read& read, int64_t depth, int64_t start, int64_t valid, int64_t width, typename Dot::Element* target) {
+  using Element = typename Dot::Element;
+  constexpr int STEP = Dot::kStep;
+  static_assert(sizeof(Element) * STEP == sizeof(float));
+  constexpr int64_t DEPTH = 64;
+  alignas(64) Element rows[kPanelGroups * kGroup * DEPTH];
+  for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
+    const int64_t count = std::min(DEPTH, depth - k0);
+    const int64_t words = ceil_div(count, STEP);
+    for (int64_t n = 0; n < valid; ++n) {
+      for (int64_t k = 0; k < count; ++k) {
+        rows[n * DEPTH + k] = static_cast<Element>(read(k0 + k, start + n));
+      }
+      for (int64_t k = count; k < words * STEP; ++k) {
+        rows[n * DEPTH + k] = Element(0);
+      }
+    }
+    at::vec::transpose_mxn<float>(
+        reinterpret_cast<const float*>(rows),
+        DEPTH / STEP,
+        reinterpret_cast<float*>(target + k0 * width),
+        width,
+        static_cast<int>(valid),
+        static_cast<int>(words));
+  }
 }
 
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
@@ -284,11 +323,7 @@ void pack_panels(
         std::memset(static_cast<void*>(target), 0, sizeof(Element) * width * padded_depth);
       }
       if (runs_along_k) {
-        for (int64_t n = 0; n < valid; ++n) {
-          for (int64_t k = 0; k < depth; ++k) {
-            target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(read(k, start + n));
-          }
-        }
+        transpose_panel<Dot>(read, depth, start, valid, width, target);
       } else {
         for (int64_t k = 0; k < depth; ++k) {
           for (int64_t n = 0; n < valid; ++n) {

@@ -118,7 +118,7 @@ at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, 
       pack_forward<Dot, T>(
           *weights.expand, packed_depth<Dot>(s.in_channels), panels, 0, panels.count, layout.into(packed));
     }
-    pack_depthwise<T>(weights.depthwise, panels, layout.depthwise(packed));
+    pack_depthwise<T>(weights.depthwise, layout.depthwise(packed));
     pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed));
   });
   return packed;
@@ -134,7 +134,7 @@ at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights,
     const Panels panels(s.expanded), in_panels(s.in_channels);
     pack_backward<Dot, T>(
         weights.project, packed_depth<Dot>(s.out_channels), panels, 0, panels.count, layout.into(packed));
-    pack_depthwise<T>(weights.depthwise, panels, layout.depthwise(packed));
+    pack_depthwise<T>(weights.depthwise, layout.depthwise(packed));
     if (weights.expand.has_value()) {
       pack_backward<Dot, T>(*weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
     }

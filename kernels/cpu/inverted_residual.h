@@ -53,7 +53,7 @@ BlockShape block_shape(
     bool residual);
 
 // Packed weights of one direction, in one byte tensor: the GEMM into the expanded channels, the depthwise taps as
-// [panel][tap][channel], the GEMM out of them.
+// [group][tap][kGroup], the GEMM out of them.
 template <class Dot>
 struct BlockPack {
   using Element = typename Dot::Element;
@@ -98,20 +98,30 @@ struct Walk {
   int64_t ring_rows; // rows of the other side alive at once
   int64_t ring_pitch; // pixels of a ring row, zero columns included
   int64_t ring_left; // zero columns at the left
-  RingView view(const float* ring, int64_t width) const {
-    return {ring, ring_rows, ring_pitch, ring_left, width};
+
+  int64_t plane() const { // elements of one group's ring
+    return ring_rows * ring_pitch * kGroup;
+  }
+  RingView view(const float* ring) const {
+    return {ring, ring_rows, ring_pitch, ring_left};
   }
 
   bool shared_ring; // a task is a single step, so one panel's ring serves all panels in turn
 };
 
-// Zeroes the border columns of `rows` ring rows of one panel, inner columns [left, left + inner).
-inline void clear_borders(float* ring, int64_t rows, const Walk& walk, int64_t inner, int64_t width) {
+// Zeroes the border columns of the rings of `groups` groups, inner columns [left, left + inner).
+inline void clear_borders(float* ring, int64_t groups, const Walk& walk, int64_t inner) {
+  // A few columns a row: calls of memset would cost more than the zeros.
+  const auto clear = [](float* from, int64_t columns) {
+    for (int64_t c = 0; c < columns * kGroup; c += kLanes) {
+      Vec(0.f).store(from + c);
+    }
+  };
   const int64_t right = walk.ring_left + inner;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = ring + r * walk.ring_pitch * width;
-    std::memset(row, 0, sizeof(float) * walk.ring_left * width);
-    std::memset(row + right * width, 0, sizeof(float) * (walk.ring_pitch - right) * width);
+  for (int64_t r = 0; r < groups * walk.ring_rows; ++r) {
+    float* row = ring + r * walk.ring_pitch * kGroup;
+    clear(row, walk.ring_left);
+    clear(row + right * kGroup, walk.ring_pitch - right);
   }
 }
 

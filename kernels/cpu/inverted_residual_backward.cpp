@@ -15,6 +15,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace tinytl::cpu {
 namespace {
@@ -55,6 +56,7 @@ struct Backward {
   const T* grad_pooled; // null: none
   T* grad_input; // null: not wanted
   bool need_expand_bias, need_depthwise_bias, need_project_bias;
+  std::vector<ColumnRuns> columns; // of each stride phase
 
   bool needs_g1() const {
     return grad_input != nullptr || (need_expand_bias && s.has_expand);
@@ -72,6 +74,7 @@ struct Backward {
       int64_t end,
       int64_t sum_end,
       float* ring,
+      int64_t plane,
       const int64_t* offsets,
       const Segment<Element>& operand,
       float* sums) const {
@@ -80,7 +83,7 @@ struct Backward {
     const Element* weight = project + start * packed_depth<Dot>(s.out_channels);
     const auto run = [&](int64_t from, int64_t to, float* to_sums) {
       const int64_t skipped = (from - begin) * s.out_width;
-      SelectToRing epilogue{ring, panels.width(panel), offsets + skipped, {}, to_sums};
+      SelectToRing epilogue{ring, plane, offsets + skipped, {}, to_sums};
       if (mask_depthwise != nullptr) {
         epilogue.mask = {
             mask_depthwise + (image * s.out_height + from) * s.out_width * stride + start / 8,
@@ -104,16 +107,20 @@ struct Backward {
       const float* ring,
       Element* rows,
       const Walk& walk,
-      Tap* taps,
+      Run* runs,
       float* sums) const {
     const int64_t start = panels.start(panel);
     const int64_t width = panels.width(panel);
     const int64_t stride = mask_bytes(s.expanded);
     const float* weight = depthwise + start * s.taps();
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
-        const int64_t num_taps =
-            transposed_taps(s.window(), walk.view(ring, width), s.out_height, row, phase, weight, taps);
+      for (int64_t phase = 0; phase < static_cast<int64_t>(columns.size()); ++phase) {
+        const RowRuns row_runs{
+            runs,
+            transposed_runs(s.window(), columns[phase], walk.view(ring), s.out_height, row, weight, runs),
+            columns[phase].kernel_step,
+            walk.plane(),
+            s.taps()};
         SelectToRows<Element> epilogue{
             rows + ((row - begin) * s.width + phase) * width, width, s.stride, {}, sums != nullptr ? sums + start : nullptr};
         if (mask_expand != nullptr) {
@@ -122,8 +129,7 @@ struct Backward {
               stride,
               s.expanded - start};
         }
-        correlate_row(
-            ceil_div(s.width - phase, s.stride), panels.groups(panel), taps, num_taps, width, nullptr, epilogue);
+        correlate_row(ceil_div(s.width - phase, s.stride), panels.groups(panel), row_runs, 1, nullptr, epilogue);
       }
     }
   }
@@ -227,12 +233,12 @@ struct Backward {
     float* sums = scratch<float>(kSums, 2 * expanded);
     std::memset(sums, 0, sizeof(float) * 2 * expanded);
     float* expand_sums = need_expand_bias && s.has_expand ? sums + expanded : nullptr;
-    std::vector<Tap> taps(s.taps());
+    std::vector<Run> runs(s.taps());
     std::vector<Segment<Element>> segments(panels.count);
     const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
     if (!walk.shared_ring) {
       for (int64_t p = 0; p < panels.count; ++p) {
-        clear_borders(panel_ring(p), walk.ring_rows, walk, s.out_width, panels.width(p));
+        clear_borders(panel_ring(p), panels.groups(p), walk, s.out_width);
       }
     }
 
@@ -248,12 +254,12 @@ struct Backward {
       for (int64_t p = 0; p < panels.count; ++p) {
         float* ring = panel_ring(p);
         if (walk.shared_ring && row < row_end) {
-          clear_borders(ring, walk.ring_rows, walk, s.out_width, panels.width(p));
+          clear_borders(ring, panels.groups(p), walk, s.out_width);
         }
-        project_rows(image, p, next, to, own_end, ring, offsets, operand, sums);
+        project_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, sums);
         if (needs_g1()) {
           transposed_depthwise_rows(
-              image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, taps.data(), expand_sums);
+              image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data(), expand_sums);
         }
       }
       next = to;
@@ -332,6 +338,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
     const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type());
+    std::vector<ColumnRuns> columns;
+    for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
+      columns.push_back(transposed_columns(s.window(), phase));
+    }
     const Backward<T> backward{
         s,
         panels,
@@ -346,7 +356,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
         need_input ? grad_input.data_ptr<T>() : nullptr,
         need_expand_bias,
         need_depthwise_bias,
-        need_project_bias};
+        need_project_bias,
+        std::move(columns)};
     // A band owns the output rows from the first that its first input row meets to where the next band starts.
     const auto first_owned = [&](int64_t band) {
       if (band == 0 || band == bands.per_image) {

@@ -69,6 +69,7 @@ struct Forward {
   T* out;
   uint8_t *mask_expand, *mask_depthwise; // null: not wanted
   T* pooled; // null: not wanted
+  ColumnRuns columns = forward_columns(s.window());
 
   // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
   // after it belong to the next band.
@@ -79,17 +80,23 @@ struct Forward {
       int64_t end,
       int64_t mask_end,
       float* ring,
+      int64_t plane,
       const int64_t* offsets,
       const Segment<Element>& operand) const {
     const int64_t start = panels.start(panel);
-    const int64_t width = panels.width(panel);
     if (!s.has_expand) {
       const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
-      for (int64_t m = 0; m < (end - begin) * s.width; ++m) {
-        for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t width = panels.width(panel);
+      const int64_t whole = std::min(s.in_channels - start, width) / kLanes * kLanes;
+      for (int64_t m = 0; m < (end - begin) * s.width; ++m, source += s.in_channels) {
+        float* target = ring + offsets[m] * kGroup;
+        for (int64_t c = 0; c < whole; c += kLanes) {
+          load_channels(source + c).store(target + c / kGroup * plane + c % kGroup);
+        }
+        for (int64_t c = whole; c < width; c += kLanes) {
           const int64_t count = std::clamp<int64_t>(s.in_channels - start - c, 0, kLanes);
-          const Vec value = count > 0 ? load_channels(source + m * s.in_channels + c, count) : Vec(0.f);
-          value.store(ring + offsets[m] * width + c);
+          const Vec value = count > 0 ? load_channels(source + c, count) : Vec(0.f);
+          value.store(target + c / kGroup * plane + c % kGroup);
         }
       }
       return;
@@ -99,7 +106,7 @@ struct Forward {
     const Element* weight = expand + start * packed_depth<Dot>(s.in_channels);
     const auto run = [&](int64_t from, int64_t to, bool with_mask) {
       const int64_t skipped = (from - begin) * s.width;
-      ActivateToRing epilogue{ring, width, offsets + skipped, s.activation, {}};
+      ActivateToRing epilogue{ring, plane, offsets + skipped, s.activation, {}};
       if (with_mask) {
         epilogue.mask = {
             mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, s.expanded - start};
@@ -114,14 +121,19 @@ struct Forward {
 
   // Rows [begin, end) of h2, one panel, from the ring into `rows`.
   void depthwise_rows(
-      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, Tap* taps)
+      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, Run* runs)
       const {
     const int64_t start = panels.start(panel);
     const int64_t width = panels.width(panel);
     const int64_t stride = mask_bytes(s.expanded);
     const float* weight = depthwise + start * s.taps();
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t num_taps = forward_taps(s.window(), walk.view(ring, width), s.height, row, weight, taps);
+      const RowRuns row_runs{
+          runs,
+          forward_runs(s.window(), columns, walk.view(ring), s.height, row, weight, runs),
+          columns.kernel_step,
+          walk.plane(),
+          s.taps()};
       ActivateToRows<Element> epilogue{rows + (row - begin) * s.out_width * width, width, s.activation, {}};
       if (mask_depthwise != nullptr) {
         epilogue.mask = {
@@ -132,9 +144,8 @@ struct Forward {
       correlate_row(
           s.out_width,
           panels.groups(panel),
-          taps,
-          num_taps,
-          s.stride * width,
+          row_runs,
+          s.stride,
           depthwise_bias != nullptr ? depthwise_bias + start : nullptr,
           epilogue);
     }
@@ -178,12 +189,12 @@ struct Forward {
     const int64_t row_pixels = walk.step_rows * s.out_width;
     float* rings = scratch<float>(kRing, ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()));
     Element* rows = scratch<Element>(kRows, row_pixels * panels.padded());
-    std::vector<Tap> taps(s.taps());
+    std::vector<Run> runs(s.taps());
     std::vector<Segment<Element>> segments(panels.count);
     const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
     if (!walk.shared_ring) {
       for (int64_t p = 0; p < panels.count; ++p) {
-        clear_borders(panel_ring(p), walk.ring_rows, walk, s.width, panels.width(p));
+        clear_borders(panel_ring(p), panels.groups(p), walk, s.width);
       }
     }
     const T* image_rows = x + image * s.height * s.width * s.in_channels;
@@ -200,10 +211,10 @@ struct Forward {
       for (int64_t p = 0; p < panels.count; ++p) {
         float* ring = panel_ring(p);
         if (walk.shared_ring && row < row_end) {
-          clear_borders(ring, walk.ring_rows, walk, s.width, panels.width(p));
+          clear_borders(ring, panels.groups(p), walk, s.width);
         }
-        expand_rows(image, p, next, to, own_end, ring, offsets, operand);
-        depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, taps.data());
+        expand_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand);
+        depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data());
       }
       if (pooled != nullptr) {
         const int64_t pooled_rows = s.height / 2;
