@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import tinytl_kernels as tk
 from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.contestants import Contestant
+from benchmarks.kernels import KernelCase
 from benchmarks.lineup import lineup
 from benchmarks.machine import machine
 from benchmarks.match import Match, Plan, play
+from benchmarks.roofline import BACKEND, Direction, Measurement, WrongKernel, check, measure
 
 _HERE = Path(__file__).parent
 
@@ -109,11 +112,44 @@ def take_part(benchmark, matches) -> Callable[[Case, Contestant], None]:
             pytest.skip(reason)
         if wrong := match.wrong.get(contestant.key):
             pytest.fail(f"{contestant.key} on {case.name}: {wrong}", pytrace=False)
-        durations = match.rounds.seconds[contestant.key] if match.rounds else [0.0]
-        REPLAY.load(durations)
-        benchmark.group = case.name
-        benchmark.pedantic(lambda: None, rounds=len(durations))
+        _replay(benchmark, case.name, match.rounds.seconds[contestant.key] if match.rounds else [0.0])
         if match.rounds:
             benchmark.extra_info.update(match.extra_info(contestant.key))
 
     return report
+
+
+@pytest.fixture(scope="session")
+def measured_kernels() -> dict[str, dict[Direction, Measurement]]:
+    """What the two directions of a kernel share: both are timed in the same rounds."""
+    return {}
+
+
+@pytest.fixture
+def against_limit(benchmark, request, measured_kernels) -> Callable[[KernelCase, Direction], None]:
+    """``against_limit(kernel, direction)``: skip, fail, or report one direction of a kernel."""
+    state = tk.available_backends()[BACKEND]
+    if state != "available":
+        pytest.skip(f"backend {BACKEND}: {state}")
+    quick = request.config.getoption("--quick")
+
+    def report(kernel: KernelCase, direction: Direction) -> None:
+        try:
+            if benchmark.disabled:
+                check(kernel.quick() if quick else kernel)
+                return
+            if kernel.name not in measured_kernels:
+                measured_kernels[kernel.name] = measure(kernel, quick=quick)
+        except WrongKernel as error:
+            pytest.fail(str(error), pytrace=False)
+        measurement = measured_kernels[kernel.name][direction]
+        _replay(benchmark, kernel.name, measurement.seconds)
+        benchmark.extra_info.update(measurement.info)
+
+    return report
+
+
+def _replay(benchmark, group: str, durations: list[float]) -> None:
+    REPLAY.load(durations)
+    benchmark.group = group
+    benchmark.pedantic(lambda: None, rounds=len(durations))

@@ -1,6 +1,8 @@
-"""``python -m benchmarks.tables results.json [--update README.md]``: the README's tables from pytest-benchmark's JSON.
+"""``python -m benchmarks.tables results.json [--update FILE]``: the documents' tables from pytest-benchmark's JSON.
 
-Ratios are of medians of one interleaved run. Wins of this package are bold; losses stand beside them, above 1.
+Ratios are of medians of one interleaved run. Wins of this package are bold; losses stand beside them, above 1. The
+kernels' table (:mod:`benchmarks.kernel_table`) holds them against the machine, the others against peers: they stand in
+different documents, between different markers.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+from benchmarks import kernel_table
+
+# Section -> what stands around it in a document.
+MARKERS = {name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("benchmarks", "kernels")}
 NOTHING = "–"
 
 Info = dict[str, Any]
@@ -38,9 +43,20 @@ def load(path: Path) -> list[Info]:
     return infos
 
 
-def render(infos: list[Info]) -> str:
-    """All tables as Markdown."""
-    parts = [_machine(infos[0]["machine"])]
+def render(infos: list[Info]) -> dict[str, str]:
+    """Section -> its tables as Markdown; sections that ``infos`` have rows of."""
+    kernels = [info for info in infos if info["level"] == "kernel"]
+    others = [info for info in infos if info["level"] != "kernel"]
+    sections = {}
+    if others:
+        sections["benchmarks"] = _against_peers(others)
+    if kernels:
+        sections["kernels"] = _against_limits(kernels)
+    return sections
+
+
+def _against_peers(infos: list[Info]) -> str:
+    parts = [f"{_machine(infos[0]['machine'])} {_PEERS}"]
     networks = [info for info in infos if info["level"] == "network"]
     for case in _unique(info["case"] for info in networks):
         parts.append(_network([info for info in networks if info["case"] == case]))
@@ -49,30 +65,52 @@ def render(infos: list[Info]) -> str:
         rows = [info for info in infos if info["level"] == level]
         if rows:
             parts.append(_inner(title, rows))
+    return _joined(parts)
+
+
+def _against_limits(infos: list[Info]) -> str:
+    machine, batch = infos[0]["machine"], infos[0]["input_size"][0]
+    header = (column.format(batch=batch) for column in kernel_table.HEADER)
+    table = _table(header, kernel_table.rows(infos))
+    parts = [f"{_machine(machine)} Medians; float32.", kernel_table.rates(machine), table, kernel_table.legend(infos)]
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def update(readme: Path, text: str) -> None:
-    """Replace what stands between the two markers of ``readme``.
+def update(document: Path, sections: dict[str, str]) -> None:
+    """Replace what stands between the markers of those sections that ``document`` has.
 
     Raises:
-        TablesError: The markers are not there, once each and in order.
+        TablesError: It has none of them, or a section's markers are not there once each and in order.
     """
-    old = readme.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise TablesError(f"{readme}: expected {BEGIN} and, after it, {END}, once each")
-    head, _, rest = old.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n{text}{END}{tail}", encoding="utf-8")
+    old = text = document.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        begin, end = MARKERS[name]
+        if begin not in old and end not in old:
+            continue
+        if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+            raise TablesError(f"{document}: expected {begin} and, after it, {end}, once each")
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{section}{end}{tail}"
+    if text == old and not any(MARKERS[name][0] in old for name in sections):
+        expected = " or ".join(" and ".join(MARKERS[name]) for name in sections)
+        raise TablesError(f"{document}: expected {expected}, once each")
+    document.write_text(text, encoding="utf-8")
 
 
 def _machine(machine: Info) -> str:
     return (
         f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}, "
         f"Python {machine['python']}, commit {machine['commit']}. The machine's own limits, measured beside: sgemm "
-        f"{machine['sgemm_gflops']:.0f} GFLOP/s, copy {machine['copy_gb_s']:.0f} GB/s. Medians of interleaved rounds; "
-        "float32 unless said; MB = 10^6 bytes."
+        f"{machine['sgemm_gflops']:.0f} GFLOP/s, copy {machine['copy_gb_s']:.0f} GB/s."
     )
+
+
+_PEERS = "Medians of interleaved rounds; float32 unless said; MB = 10^6 bytes."
 
 
 def _network(rows: list[Info]) -> str:
@@ -203,14 +241,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="JSON of pytest benchmarks/ --benchmark-json")
-    parser.add_argument("--update", type=Path, metavar="README", help=f"rewrite what is between {BEGIN} and {END}")
+    markers = " or ".join(" and ".join(pair) for pair in MARKERS.values())
+    parser.add_argument("--update", type=Path, metavar="FILE", help=f"rewrite what is between its {markers}")
     options = parser.parse_args(arguments)
     try:
-        text = render(load(options.results))
+        sections = render(load(options.results))
         if options.update:
-            update(options.update, text)
+            update(options.update, sections)
         else:
-            print(text, end="")
+            print("\n".join(sections.values()), end="")
     except (TablesError, OSError) as error:
         print(f"benchmarks.tables: error: {error}", file=sys.stderr)
         return 2

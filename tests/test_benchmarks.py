@@ -65,7 +65,9 @@ PROMISED = {
     "memory_counted_by": str,
     "machine": dict,
 }
-MACHINE = {"cpu", "capability", "threads", "torch", "python", "system", "commit", "sgemm_gflops", "copy_gb_s"}
+MACHINE = {
+    "cpu", "capability", "threads", "torch", "python", "system", "commit", "sgemm_gflops", "conv_gflops", "copy_gb_s",
+}  # fmt: skip
 
 
 def test_every_entry_has_the_promised_fields(infos):
@@ -76,6 +78,7 @@ def test_every_entry_has_the_promised_fields(infos):
         assert set(info["machine"]) == MACHINE
         assert info["machine"]["threads"] == 1
         assert info["machine"]["sgemm_gflops"] > 0
+        assert info["machine"]["conv_gflops"] > 0
         assert info["machine"]["copy_gb_s"] > 0
         if info["kind"] == "step" and info["precision"] == "float32":
             assert info["answer"]["telling"] == info["answer"]["gradients"] > 0
@@ -125,7 +128,7 @@ def test_process_peak_agrees_with_the_count_of_storages(infos):
 
 
 def test_tables_show_every_contestant_and_every_loss(infos):
-    text = tables.render(infos)
+    text = tables.render(infos)["benchmarks"]
     network = [info for info in infos if info["level"] == "network"]
     for info in network:
         row = next(line for line in text.splitlines() if line.startswith(f"| {info['label']} |"))
@@ -139,7 +142,8 @@ def test_only_wins_that_train_the_biases_are_bold(infos):
     lean = next(i for i in infos if i["contestant"] == "ours_reference_bias" and i["level"] == "network")
 
     def row(**changes) -> str:
-        return next(line for line in tables.render([{**lean, **changes}]).splitlines() if "**tinytl**" in line)
+        text = tables.render([{**lean, **changes}])["benchmarks"]
+        return next(line for line in text.splitlines() if "**tinytl**" in line)
 
     assert "**0.50x**" in row(ratio_to_stock_bias=0.5)
     assert "| 2.00x" in row(ratio_to_stock_bias=2.0)
@@ -149,12 +153,13 @@ def test_only_wins_that_train_the_biases_are_bold(infos):
 
 def test_update_rewrites_what_is_between_the_markers_and_nothing_else(results, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nstale\n{tables.END}\nafter\n")
+    begin, end = tables.MARKERS["benchmarks"]
+    readme.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
     for _ in range(2):
         assert tables.main([str(results), "--update", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n{tables.BEGIN}\n")
-    assert text.endswith(f"{tables.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "stale" not in text
     assert text.count("| PyTorch, bias only |") == 1
 

@@ -115,7 +115,7 @@ def prepared(sample: Sample) -> dict[str, tuple[Run, int]]:
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
-    # Weights and inputs are kept by reference: they count as read, not as saved.
+    # Weights and inputs are kept by reference: forward does not write them, backward reads them.
     given = {t.data_ptr() for t in (*leaves, *sample.constants)}
     kept = sum(count for pointer, count in saved.items() if pointer not in given)
     handed_on = {g.data_ptr() for g in grads}
@@ -123,7 +123,7 @@ def prepared(sample: Sample) -> dict[str, tuple[Run, int]]:
     constants = sum(t.nbytes for t in sample.constants)
     return {
         "forward": (forward, sum(t.nbytes for t in (*leaves, *outputs)) + kept + constants),
-        "backward": (backward, sum(g.nbytes for g in grads) + kept + constants + written),
+        "backward": (backward, sum(g.nbytes for g in grads) + sum(saved.values()) + written),
     }
 
 
