@@ -23,7 +23,7 @@ from benchmarks.match import Match, Plan, play
 from benchmarks.networks import BY_NAME
 
 ROOT = Path(__file__).parents[1]
-FEW = "depthwise_3x3_s1_144_56 or inverted_residual_32x6_32_s1_28 or mobilenet_v2_b8"
+FEW = "not test_kernel and (depthwise_3x3_s1_144_56 or inverted_residual_32x6_32_s1_28 or mobilenet_v2_b8)"
 
 
 def pytest_run(*arguments: str) -> subprocess.CompletedProcess:
