@@ -9,63 +9,72 @@ from __future__ import annotations
 # Name -> the reason, as the table's legend prints it.
 REASONS: dict[str, str] = {
     "loads": (
-        "a depthwise sum loads an operand for every multiply-add: 0.9 cycles a tap (3x3 to 7x7 on 32 channels, from "
-        "cache), where operands in registers allow 0.5; and about 19 cycles a vector of results, two thirds of a 3x3's "
-        "time, copy rows into the zero-padded ring, clamp, pack the mask and store."
+        "a depthwise sum loads an operand for every multiply-add: 0.9 cycles a tap (3x3 to 7x7 on 32 channels, from"
+        " cache), where operands in registers allow 0.5; and about 19 cycles a vector of results, two thirds of a "
+        "3x3's time, copy rows into the zero-padded ring, clamp, pack the mask and store."
     ),
     "ring": (
         "half of the samples, with stride 2 three quarters, are in the copy of the input's rows into the ring; its "
         "loads wait for memory; the arithmetic does not overlap with it."
     ),
+    "packing": (
+        "the weights are laid out for the product anew in every call, before the images' threads start: `call_s`, "
+        "the time on 2 x 2 pixels, is 0.20 of 0.87 ms for 160x6 (1.2 MB of weights), 0.06 of 0.62 ms for 32x6."
+    ),
     "depthwise": (
-        "the depthwise part (*loads*) takes more time than its share of the operations: 29 % of the samples for 16 % in "
-        "the 24x6 block; with the ring 71 % of the samples where there is no expand convolution."
+        "the depthwise part (*loads*) takes more time than its share of the operations: of the samples and of the "
+        "operations, 29 and 16 % in the 24x6 block, 35 and 24 % in the 5x5 one, 22 and 12 % in the 32x6 one; with "
+        "its ring, 71 % of the samples where there is no expand convolution."
     ),
     "short sums": (
-        "sums of 16 to 27 terms end before they pay for bias, clamp, mask and store: of 24 -> 144, multiply-adds are "
-        "33 % of the samples, vector stores and loads 27 %, broadcasts 18 %; and time at memory adds to that of arithmetic "
-        "(41 % of the limit from memory, 52 % from cache)."
+        "sums of 16 to 27 terms end before they pay for bias, clamp, mask and store: of 24 -> 144, multiply-adds "
+        "are 33 % of the samples, vector stores and loads 27 %, broadcasts 18 %; and time at memory adds to that of"
+        " arithmetic (41 % of the limit from memory, 52 % from cache)."
     ),
     "part vectors": (
         "24 channels fill one and a half vectors of 16, groups of 12 three quarters of one: a quarter of the "
         "multiply-adds is on padding; 16 channels are one vector, which is one multiply-add a broadcast."
     ),
     "mask pass": (
-        "applying the mask and adding up the bias gradient is a pass of its own into scratch: half of the samples of "
-        "24 -> 144, whose product then has 24 columns."
+        "applying the mask and adding up the bias gradient is a pass of its own into scratch: half of the samples "
+        "of 24 -> 144, whose product then has 24 columns."
     ),
     "picture": (
-        "the gradient of 3 channels, which oneDNN computes with 3 of 16 lanes; no network asks for that of its picture."
+        "the gradient of 3 channels is oneDNN's. Why that is slow was not looked into: no network asks for the "
+        "gradient of its picture."
     ),
     "pages": (
-        "9400 page faults a call: glibc maps a result above 32 MB afresh every time, and clearing its pages takes longer "
-        "than the kernel. With results that stay (MALLOC_MMAP_THRESHOLD_ and MALLOC_TOP_PAD_ raised) relu6's backward "
-        "reaches three quarters of the copy, depthwise stride 2 backward a third. Fused blocks have no such tensor."
+        "9400 page faults a call: glibc maps a result above 32 MB afresh every time, and clearing its pages takes "
+        "longer than the kernel. With results that stay (MALLOC_MMAP_THRESHOLD_, MALLOC_TOP_PAD_), relu6's backward"
+        " reaches 78 % of the copy, depthwise stride 2 backward 45 %. Fused blocks have no such tensor."
     ),
     "winner": (
-        "bound by instructions: every element of a window is compared (NaN too), blended, and its position kept, and "
-        "looked up again in backward. From cache it is hardly faster (28 GB/s, where a copy does 93)."
+        "bound by instructions: every element of a window is compared (NaN too), blended, and its position kept; "
+        "backward unpacks the positions and turns them into lanes. From cache it is hardly faster (28 GB/s, where a"
+        " copy does 93)."
     ),
     "window": (
-        "bound by instructions: loop and index bookkeeping for one and a half to four vectors of channels a window is "
-        "half of the samples (add, cmp, test, jle), and in backward border tests besides; the copy comes from cache."
+        "bound by instructions: loop and index bookkeeping for one and a half to four vectors of channels a window "
+        "is half of forward's samples (add, cmp, test, jle), and the copy comes from cache; 256 channels reach the "
+        "limit."
     ),
     "gather": (
-        "index arithmetic and branches are half of the samples: interpolation weights are found again for every vector "
-        "of channels. In backward each row is read for two rows of the branch and added up in a row of scratch."
+        "index arithmetic and branches are about half of the samples (24 channels): interpolation weights are found"
+        " again for every vector of channels. In backward each row is read for two rows of the branch and added up "
+        "in scratch."
     ),
     "two passes": (
-        "x is read twice, for the statistics (39 % of the samples) and to be normalised; backward reads x and dy twice. "
-        "An image outgrows the second-level cache in between, and the floor counts one pass."
+        "x is read twice, for the statistics (39 % of the samples) and to be normalised; backward reads x and dy "
+        "twice. The floor counts one pass."
     ),
     "exponential": "an exponential and a division an element (Sleef's, vector by vector), and in backward once more.",
     "branch": (
-        "convolutions are 58 % of the samples; statistics and normalisation of two norms, padding and packing are the "
-        "rest, on tensors of a few hundred KB."
+        "convolutions are 58 % of the samples (24 channels); statistics and normalisation of two norms, padding and"
+        " packing are the rest, on tensors of a few hundred KB."
     ),
     "call": (
-        "the call itself (Python, autograd, dispatcher) takes 20 to 35 us, measured on 2 x 2 pixels (`call_s` of the "
-        "results)."
+        "the call itself (Python, autograd, dispatcher) takes 20 to 35 us, measured on 2 x 2 pixels (`call_s` of "
+        "the results), of 50 to 180."
     ),
     "ATen": "ATen's kernel: this package has none of its own.",
 }
@@ -78,6 +87,9 @@ _ENTRIES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("pointwise_1x1_24_144_56", _BACKWARD, ("mask pass", "part vectors")),
     ("pointwise_1x1_144_24_56", _FORWARD, ("part vectors",)),
     ("pointwise_1x1_144_24_56", _BACKWARD, ("short sums",)),
+    ("pointwise_1x1_96_576_14", _BOTH, ("packing",)),
+    ("pointwise_1x1_320_1280_7", _BOTH, ("packing",)),
+    ("pointwise_int8_1x1_320_1280_7", _BOTH, ("packing",)),
     ("depthwise_3x3_s1_144_56", _BOTH, ("ring", "loads")),
     ("depthwise_int8_3x3_s1_144_56", _BOTH, ("ring", "loads")),
     ("depthwise_3x3_s2_96_112", _FORWARD, ("ring", "loads")),
@@ -92,22 +104,28 @@ _ENTRIES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("inverted_residual_32x1_16_s1_112", _BOTH, ("depthwise", "part vectors")),
     ("inverted_residual_16x6_24_s2_112", _BOTH, ("short sums", "depthwise")),
     ("inverted_residual_24x6_24_s1_56", _BOTH, ("depthwise", "short sums", "part vectors")),
-    ("inverted_residual_32x6_32_s1_28", _BOTH, ("depthwise",)),
+    ("inverted_residual_32x6_32_s1_28", _BOTH, ("depthwise", "packing")),
+    ("inverted_residual_64x6_64_s1_14", _BOTH, ("packing", "depthwise")),
+    ("inverted_residual_96x6_160_s2_14", _BOTH, ("packing",)),
+    ("inverted_residual_160x6_160_s1_7", _BOTH, ("packing",)),
     ("inverted_residual_5x5_40x6_40_s1_28", _BOTH, ("depthwise",)),
-    ("inverted_residual_pooled_32x6_32_s1_28", _BOTH, ("depthwise",)),
+    ("inverted_residual_pooled_32x6_32_s1_28", _BOTH, ("depthwise", "packing")),
     ("relu6_96_112", _BOTH, ("pages",)),
+    ("relu_64_56", _BACKWARD, ("call",)),
+    ("leaky_relu_64_56", _BACKWARD, ("call",)),
+    ("hardsigmoid_64_56", _BACKWARD, ("call",)),
     ("max_pool_3x3_s2_64_112", _BOTH, ("winner",)),
     ("max_pool_2x2_s2_64_56", _BOTH, ("winner",)),
     ("avg_pool_2x2_s2_24_56", _BOTH, ("window", "call")),
     ("avg_pool_3x3_s1_64_28", _BOTH, ("window", "call")),
     ("global_avg_pool_1280_7", _BOTH, ("ATen", "call")),
     ("upsample_add_24_56", _BOTH, ("gather", "call")),
-    ("upsample_add_256_56", _BACKWARD, ("gather",)),
+    ("upsample_add_256_56", _BOTH, ("gather",)),
     ("group_norm_relu6_144_56", _BOTH, ("two passes",)),
     ("group_norm_silu_96_28", _BOTH, ("exponential", "two passes")),
     ("group_norm_64_56", _BOTH, ("two passes",)),
     ("lite_branch_24_24_28", _BOTH, ("part vectors", "branch")),
-    ("lite_branch_96_96_7", _BOTH, ("branch", "call")),
+    ("lite_branch_96_96_7", _BOTH, ("packing", "branch")),
 )
 
 # (case, direction) -> names of reasons, the weightiest first.
