@@ -108,7 +108,8 @@ def _read_amdgcn(assembly: str, shared_bytes: int) -> Compiled:
 
     words = [int(n or 1) for n in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?", assembly)]
     return Compiled(
-        registers=number("vgpr_count") + number("agpr_count"),
+        # From gfx90a on the accumulation registers are counted in: one file of 512 a thread has both.
+        registers=number("vgpr_count"),
         # Scalar registers spill into lanes of vector registers; what reaches memory is the private segment.
         spilled_bytes=number("private_segment_fixed_size"),
         shared_bytes=shared_bytes,

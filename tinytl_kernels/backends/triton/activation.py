@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinytl_kernels.backends.reference import activation as reference
-from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind
+from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind, sum_over_pixels
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
     Launch,
@@ -93,7 +93,7 @@ def activation_backward_kernel(
         pixel, inside, first_channel, channels, slope, ACTIVATION, SAVE, ROWS, BLOCK_C,
     )  # fmt: skip
     if grad_bias is not None:
-        tl.store(grad_bias + tile * channels + c, tl.sum(g, axis=0), mask=c < channels)
+        tl.store(grad_bias + tile * channels + c, sum_over_pixels(g), mask=c < channels)
     if grad_input is not None:
         rows = pixel_offset(pixel, image, width, input_n * UNIT, input_h * UNIT, input_w * UNIT, FLAT)
         valid = inside[:, None] & (c < channels)[None, :]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinytl_kernels.backends.triton.configurations import tunable
-from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind
+from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind, sum_over_pixels
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
     Launch,
@@ -159,7 +159,7 @@ def dense_backward_kernel(
                     saved, saved_row[:, None] + out[None, :] * saved_c, pixel, owned, first_out + first, last_out,
                     slope, ACTIVATION, SAVE, BLOCK_PIXELS, BLOCK_OUT, out_channels,
                 )  # fmt: skip
-                tl.store(grad_bias + tile * out_channels + out, tl.sum(g, axis=0), mask=out < last_out)
+                tl.store(grad_bias + tile * out_channels + out, sum_over_pixels(g), mask=out < last_out)
     phase_h = phase // STRIDE_W
     phase_w = phase % STRIDE_W
     first_i = first_tap(phase_h, PAD_TOP, STRIDE_H, DILATION_H, KERNEL_H, STEP_H)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind
+from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind, sum_over_pixels
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
     Launch,
@@ -109,7 +109,7 @@ def depthwise_backward_kernel(
                 (image * out_height + tile_row) * out_width + tile_column, inside, first_channel, channels, slope,
                 ACTIVATION, SAVE, TILE_H * TILE_W, BLOCK_C,
             )  # fmt: skip
-            tl.store(grad_bias + pixel_tile * channels + c, tl.sum(g, axis=0), mask=c < channels)
+            tl.store(grad_bias + pixel_tile * channels + c, sum_over_pixels(g), mask=c < channels)
     phase_h = phase // STRIDE_W
     phase_w = phase % STRIDE_W
     first_i = first_tap(phase_h, PAD_TOP, STRIDE_H, DILATION_H, KERNEL_H, STEP_H)

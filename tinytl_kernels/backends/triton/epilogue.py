@@ -117,9 +117,14 @@ def load_gradient(
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     mask_channels=None,
 ):  # fmt: skip
-    """f' * grad_output, a float32 tile; 0 outside. Arguments as in :func:`save_and_activate`."""
+    """f' * grad_output, 0 outside. Arguments as in :func:`save_and_activate`.
+
+    Float32; where f' is 0 or 1 of grad_output's own dtype, which is exact and takes half the registers.
+    """
     valid = inside[:, None] & (first_channel + tl.arange(0, CHANNELS) < channels)[None, :]
-    grad = tl.load(grad_output + grad_offset, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.load(grad_output + grad_offset, mask=valid, other=0.0)
+    if SAVE == "value" or ACTIVATION == "leaky_relu" or ACTIVATION == "hardsigmoid":
+        grad = grad.to(tl.float32)
     if SAVE == "mask":
         bits = load_bits(saved, pixel, inside, first_channel, channels, ROWS, CHANNELS, mask_channels)
         grad = gradient_by_bits(grad, bits, slope, ACTIVATION)
@@ -127,3 +132,9 @@ def load_gradient(
         x = tl.load(saved + saved_offset, mask=valid, other=0.0).to(tl.float32)
         grad = gradient_by_value(grad, x, ACTIVATION)
     return grad
+
+
+@triton.jit
+def sum_over_pixels(tile):
+    """(CHANNELS,) float32, the sums of a tile of any dtype."""
+    return tl.sum(tile.to(tl.float32), axis=0)

@@ -44,18 +44,20 @@ def max_pool2d_kernel(
     c = first_channel + tl.arange(0, BLOCK_C)
     source = input + image * (input_n * UNIT) + c[None, :] * input_c
     best = tl.full((TILE_H * TILE_W, BLOCK_C), float("-inf"), dtype=tl.float32)
-    # No winner yet: the first pixel of the window that is in the image wins even if it is -inf.
-    winner = tl.full((TILE_H * TILE_W, BLOCK_C), -1, dtype=tl.int32)
+    # The first pixel of the window that is in the image wins unless another is larger, even if all are -inf.
+    first_i = tl.maximum(0, tl.cdiv(PAD_H - h * STRIDE_H, DILATION_H))
+    first_j = tl.maximum(0, tl.cdiv(PAD_W - w * STRIDE_W, DILATION_W))
+    winner = tl.zeros_like(best).to(tl.int32) + (first_i * KERNEL_W + first_j).to(tl.int32)[:, None]
     for i in range(KERNEL_H):
         row = h * STRIDE_H + (i * DILATION_H - PAD_H)
         for j in range(KERNEL_W):
             column = w * STRIDE_W + (j * DILATION_W - PAD_W)
-            reached = ((row >= 0) & (row < height) & (column >= 0) & (column < width))[:, None] & (c < channels)[
-                None, :
-            ]
+            reached = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             offset = row * (input_h * UNIT) + column * (input_w * UNIT)
-            x = tl.load(source + offset[:, None], mask=reached, other=float("-inf")).to(tl.float32)
-            wins = reached & ((x > best) | (x != x) | (winner < 0))
+            x = tl.load(
+                source + offset[:, None], mask=reached[:, None] & (c < channels)[None, :], other=float("-inf")
+            ).to(tl.float32)
+            wins = (x > best) | (x != x)
             best = tl.where(wins, x, best)
             winner = tl.where(wins, i * KERNEL_W + j, winner)
     inside = (h < out_height) & (w < out_width)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinytl_kernels.backends.triton.configurations import tunable
-from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind
+from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind, sum_over_pixels
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
     Launch,
@@ -95,7 +95,7 @@ def pointwise_backward_kernel(
     residual_n, residual_h, residual_w, residual_c, pooled_n, pooled_h, pooled_w, pooled_c,
     input_n, input_h, input_w, input_c, weight_o, weight_c,
     DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr, ONE_COLUMN: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """g = f' * grad_output;  grad_input[p, c] = sum over o of g[p, o] weight[o, c] + residual[p, c] + pooled's share
@@ -129,9 +129,10 @@ def pointwise_backward_kernel(
             saved, saved_row[:, None] + out[None, :] * saved_c, pixel, inside, first_out, out_channels, slope,
             ACTIVATION, SAVE, BLOCK_PIXELS, BLOCK_OUT,
         )  # fmt: skip
-        if grad_bias is not None:  # noqa: SIM102 - decided at compile time, the next one at run time
-            if column == 0:
-                tl.store(grad_bias + tile * out_channels + out, tl.sum(g, axis=0), mask=out < out_channels)
+        if grad_bias is not None:
+            sums = grad_bias + tile * out_channels + out
+            if ONE_COLUMN or column == 0:
+                tl.store(sums, sum_over_pixels(g), mask=out < out_channels)
         w = load_weight(
             weight, scale, out[:, None] * (weight_o * IN_UNIT) + c[None, :] * weight_c,
             out[:, None], (out < out_channels)[:, None], (out < out_channels)[:, None] & (c < channels)[None, :], DTYPE,
@@ -308,6 +309,7 @@ def pointwise_backward(
                 FLAT=flat,
                 WIDE=needs_wide_offsets(grad_output, value, residual, grad_input, grad_bias),
                 IN_UNIT=in_unit, OUT_UNIT=out_unit, PRECISION=dot_precision(grad_input.dtype),
+                ONE_COLUMN=channels <= block_in,
                 BLOCK_PIXELS=block_pixels, BLOCK_OUT=block_out, BLOCK_IN=block_in,
             ),
             num_warps, num_stages,

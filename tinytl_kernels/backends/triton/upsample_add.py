@@ -21,9 +21,9 @@ from tinytl_kernels.backends.triton.tiles import ANY_SIZE, cut, tile_coordinates
 from tinytl_kernels.core.layout import format_of, memory_format
 
 # Beyond eight times the size few programs would add up many pixels each; the reference's matrix products share better.
-_MOST_READERS = 20
+_MOST_READERS = 17
 
-_ANY_SIZE = [*ANY_SIZE, "scale_h", "scale_w"]
+_ANY_SIZE = [*ANY_SIZE, "scale_h", "scale_w", "span_h"]
 
 
 @triton.jit
@@ -81,13 +81,13 @@ def upsample_add_kernel(
 @triton.jit(do_not_specialize=_ANY_SIZE)
 def upsample_add_backward_kernel(
     grad_output, grad_branch, channels, height, width, out_height, out_width, tiles_h, tiles_w, scale_h, scale_w,
-    grad_n, grad_h, grad_w, grad_c, branch_n, branch_h, branch_w, branch_c,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, SPAN_H: tl.constexpr, SPAN_W: tl.constexpr,
+    span_h, grad_n, grad_h, grad_w, grad_c, branch_n, branch_h, branch_w, branch_c,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, SPAN_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_branch[i, j, c] = sum over output pixels (h, w) that read (i, j) of weight * grad_output[h, w, c]
 
-    At most SPAN_H x SPAN_W output pixels read one of the branch. A program computes TILE_H x TILE_W pixels of BLOCK_C
+    At most span_h x SPAN_W output pixels read one of the branch. A program computes TILE_H x TILE_W pixels of BLOCK_C
     channels. Bytes a grad_branch element: itself + grad_output * (its pixels / branch pixels).
     """
     channels = channels * UNIT
@@ -96,15 +96,16 @@ def upsample_add_backward_kernel(
     )
     c = first_channel + tl.arange(0, BLOCK_C)
     source = grad_output + image * (grad_n * UNIT) + c[None, :] * grad_c
-    # The first output position whose source may lie less than one pixel before this one; one earlier, for rounding.
-    first_h = tl.floor((i.to(tl.float32) - 0.5) / scale_h - 0.5).to(i.dtype) - 1
-    first_w = tl.floor((j.to(tl.float32) - 0.5) / scale_w - 0.5).to(j.dtype) - 1
+    # The last output position whose source lies a pixel or more before this one: it reads nothing, but for rounding.
+    first_h = tl.floor((i.to(tl.float32) - 0.5) / scale_h - 0.5).to(i.dtype)
+    first_w = tl.floor((j.to(tl.float32) - 0.5) / scale_w - 0.5).to(j.dtype)
     total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=tl.float32)
-    for a in range(SPAN_H):
+    # Of a length known at run time: unrolled as well, a compiler that issues all loads first runs out of registers.
+    for a in range(span_h):
         h = first_h + a
         weight_h = bilinear_weight(i, h, scale_h, height)
         row_inside = (h >= 0) & (h < out_height) & (weight_h > 0)
-        for b in range(SPAN_W):
+        for b in tl.static_range(SPAN_W):
             w = first_w + b
             weight = weight_h * bilinear_weight(j, w, scale_w, width)
             inside = row_inside & (w >= 0) & (w < out_width) & (weight > 0)
@@ -163,12 +164,12 @@ def upsample_add_backward(grad_output: Tensor, branch_size, channels_last: bool)
             dict(
                 grad_output=grad_output, grad_branch=grad_branch, channels=channels // unit, height=height,
                 width=width, out_height=out_height, out_width=out_width, **tiles.arguments,
-                scale_h=height / out_height, scale_w=width / out_width,
+                scale_h=height / out_height, scale_w=width / out_width, span_h=readers(height, out_height),
                 **stride_arguments("grad", grad_output, unit), **stride_arguments("branch", grad_branch, unit),
             ),
             dict(
                 DTYPE=TRITON_DTYPE[grad_output.dtype], WIDE=needs_wide_offsets(grad_output, grad_branch), UNIT=unit,
-                SPAN_H=readers(height, out_height), SPAN_W=readers(width, out_width), **tiles.constants,
+                SPAN_W=readers(width, out_width), **tiles.constants,
             ),
             num_warps=tiles.num_warps,
         )
@@ -177,8 +178,11 @@ def upsample_add_backward(grad_output: Tensor, branch_size, channels_last: bool)
 
 
 def readers(length: int, to_length: int) -> int:
-    """How many output positions from the first candidate on may read one pixel: two pixels' worth and the ends."""
-    return triton.cdiv(2 * to_length, length) + 3
+    """How many output positions from the first candidate on may read one pixel: two pixels' worth, and the candidate.
+
+    Where rounding makes the candidate one too early or too late, what falls out is of a weight that rounds to 0.
+    """
+    return triton.cdiv(2 * to_length, length) + 1
 
 
 OPERATORS = {"upsample_add": upsample_add, "upsample_add_backward": upsample_add_backward}
