@@ -42,7 +42,7 @@ def collect(networks: list[str], dtypes: list[str], kernel: str = "") -> list[Ro
             for launch in workload(network, DTYPES[dtype]):
                 if not launch.kernel.__name__.startswith(kernel):
                     continue
-                row = rows.setdefault(_configuration(launch), Row(launch.kernel.__name__, _tile(launch), launch, dtype))
+                row = rows.setdefault(configuration(launch), Row(launch.kernel.__name__, _tile(launch), launch, dtype))
                 bytes_moved = traffic(launch)
                 row.launches += 1
                 row.requested = max(row.requested, bytes_moved.requested / bytes_moved.floor)
@@ -50,7 +50,7 @@ def collect(networks: list[str], dtypes: list[str], kernel: str = "") -> list[Ro
     return sorted(rows.values(), key=lambda row: (row.kernel, row.dtype, row.tile))
 
 
-def _configuration(launch: Launch) -> tuple:
+def configuration(launch: Launch) -> tuple:
     """What tells one compilation from another: all that is known at compile time, but for the divisibility of numbers.
 
     That is in the constants where it counts: ``launch.alignment``.

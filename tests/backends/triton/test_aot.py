@@ -11,12 +11,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from benchmarks.aot import machine_code
 from benchmarks.aot.machine_code import SHARED_LIMITS, compile_for
-from benchmarks.aot.table import collect
+from benchmarks.aot.table import collect, configuration
 from benchmarks.aot.traffic import traffic
-from benchmarks.aot.workload import Layer, block, group_norm, launches, mobilenet_v2, resnet50
+from benchmarks.aot.workload import DTYPES, Layer, Run, block, group_norm, launches, max_pool, mobilenet_v2, resnet50
 from tinytl_kernels.backends.triton.choice import IMPLICIT_GEMM, LIBRARY
-from tinytl_kernels.backends.triton.launch import record
+from tinytl_kernels.backends.triton.launch import Launch, record
 
 EXPAND = Layer(24, 144, 1, 1, 1, 56, "relu6")
 FILTER = Layer(144, 144, 3, 1, 144, 56, "relu6")
@@ -81,6 +82,47 @@ def test_a_block_in_one_kernel_does_not_spill_and_uses_tensor_cores(sizes):
     compiled = compile_for(launch, "sm_80")
     assert (compiled.spilled_bytes, compiled.widest_load_bits) == (0, 128)
     assert compiled.matrix_instructions > 0
+
+
+def launched(what: Layer | Run, dtype: torch.dtype) -> list[Launch]:
+    if isinstance(what, Layer):
+        return launches(what, dtype)
+    with record() as recorded:
+        what(dtype)
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what", "dtype", "architecture"),
+    [
+        # The sums of a wide step of grad_output, in a branch after the product, at the limit of two programs.
+        ("pointwise_backward_kernel", block(24, 144, 24, 1, 56), "bfloat16", "sm_80"),
+        ("pointwise_backward_kernel", block(32, 192, 64, 2, 28), "bfloat16", "sm_80"),
+        ("pointwise_backward_kernel", Layer(64, 384, 1, 1, 1, 14, "relu6"), "bfloat16", "sm_100"),
+        ("pointwise_backward_kernel", Layer(64, 64, 1, 1, 1, 56, "relu"), "bfloat16", "sm_100"),
+        # Whether a window has a winner yet, beside the winner.
+        ("max_pool2d_kernel", max_pool(64, 112), "bfloat16", "sm_90"),
+        # 49 taps, unrolled, and all of their loads first.
+        ("upsample_add_backward_kernel", block(24, 144, 32, 2, 56), "float32", "gfx942"),
+        ("upsample_add_backward_kernel", block(24, 144, 24, 1, 56), "float32", "gfx942"),
+        ("upsample_add_backward_kernel", block(96, 576, 160, 2, 14), "float32", "gfx942"),
+        ("upsample_add_backward_kernel", block(96, 576, 96, 1, 14), "float32", "gfx942"),
+        # Stages of the pipeline, by dtype.
+        ("whole_block_kernel", block(16, 96, 24, 2, 112), "float16", "sm_100"),
+    ],
+)
+def test_what_once_spilled_does_not(kernel, what, dtype, architecture):
+    distinct = {configuration(x): x for x in launched(what, DTYPES[dtype]) if x.kernel.__name__ == kernel}
+    assert distinct
+    for launch in distinct.values():
+        assert compile_for(launch, architecture).spilled_bytes == 0
+
+
+def test_accumulation_registers_of_gfx942_are_counted_once():
+    # One file of 512 a thread; .vgpr_count is all of it.
+    metadata = ".agpr_count: 256\n.private_segment_fixed_size: 84\n.vgpr_count: 512\n"
+    compiled = machine_code._read_amdgcn(metadata, 0)
+    assert (compiled.registers, compiled.spilled_bytes) == (512, 84)
 
 
 def test_bytes_of_an_implicit_product():

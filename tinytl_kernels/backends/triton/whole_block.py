@@ -225,6 +225,7 @@ def whole_block(
                 BLOCK_IN=power_of_two(channels, 16, _MOST_CHANNELS), BLOCK_HIDDEN=32,
                 BLOCK_OUT=power_of_two(out_channels, 16, _MOST_OUT_CHANNELS),
             ),
-            num_warps=4, num_stages=4,  # with fewer, ptxas stops at 128 registers on some target, and spills three
+            # With others ptxas stops at 128 registers on some target, to fit one more program, and spills a few.
+            num_warps=4, num_stages=3 if input.dtype == torch.float16 else 4,
         )
     )  # fmt: skip

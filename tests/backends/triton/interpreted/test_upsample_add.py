@@ -18,7 +18,7 @@ def check(main, branch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(4, 3), (8, 6), (3, 4), (11, 7), (7, 2)], ids=str)
+@pytest.mark.parametrize("size", [(4, 3), (8, 6), (3, 4), (11, 7), (7, 2), (1, 1)], ids=str)
 def test_every_ratio(size, dtype):
     check(image(SIZE, dtype), image((1, 13, *size), dtype))
 
