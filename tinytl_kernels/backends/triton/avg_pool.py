@@ -8,6 +8,8 @@ L2 already, in the fused block, this kernel writes the ``pooled`` port from ther
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,23 +30,43 @@ from tinytl_kernels.core.layout import format_of, memory_format
 
 
 @triton.jit
-def window_count(
-    h, w, height, width, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, COUNT_PADDING: tl.constexpr,
-    DIVISOR: tl.constexpr,
+def window_length(
+    position, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, COUNT_PADDING: tl.constexpr
+):
+    """How many pixels of an axis ATen counts in the window of output ``position``."""
+    first = position * STRIDE - PAD
+    # ceil_mode lets a window hang over the padding; what hangs there never counts.
+    last = tl.minimum(first + KERNEL, length + PAD)
+    if not COUNT_PADDING:
+        first, last = tl.maximum(first, 0), tl.minimum(last, length)
+    return last - first
+
+
+@triton.jit
+def reading_window(
+    pixel, number, length, windows, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
+    COUNT_PADDING: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
-    """What the sum over the window of output pixel (h, w) is divided by, as ATen counts it, in float32."""
-    if DIVISOR != 0:
-        count = tl.zeros_like(h) + DIVISOR
+    """(position, whether it is there and reads ``pixel``, its pixels that count) of the ``number``-th window around it.
+
+    Of one axis of ``length`` pixels and ``windows`` windows.
+    """
+    if ADAPTIVE:
+        position = pixel * windows // length + number
+        first, last = adaptive_window(position, length, windows)
+        reads = (position < windows) & (first <= pixel) & (pixel < last)
+        count = last - first
     else:
-        top, left = h * STRIDE_H - PAD_H, w * STRIDE_W - PAD_W
-        # ceil_mode lets a window hang over the padding; what hangs there never counts.
-        bottom, right = tl.minimum(top + KERNEL_H, height + PAD_H), tl.minimum(left + KERNEL_W, width + PAD_W)
-        if not COUNT_PADDING:
-            top, left = tl.maximum(top, 0), tl.maximum(left, 0)
-            bottom, right = tl.minimum(bottom, height), tl.minimum(right, width)
-        count = (bottom - top) * (right - left)
-    return count.to(tl.float32)
+        position = (pixel + PAD) // STRIDE - number
+        reads = (position >= 0) & (position < windows) & (pixel + PAD - position * STRIDE < KERNEL)
+        count = window_length(position, length, KERNEL, STRIDE, PAD, COUNT_PADDING)
+    return position, reads, count
+
+
+@triton.jit
+def adaptive_window(position, length, windows):
+    """(first, one beyond the last) pixel of window ``position`` of ``windows`` over ``length`` pixels."""
+    return position * length // windows, ((position + 1) * length + windows - 1) // windows
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -75,10 +97,12 @@ def avg_pool2d_kernel(
             offset = row * (input_h * UNIT) + column * (input_w * UNIT)
             x = tl.load(source + offset[:, None], mask=reached[:, None] & (c < channels)[None, :], other=0.0)
             total += x.to(tl.float32)
-    count = window_count(
-        h, w, height, width, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, COUNT_PADDING, DIVISOR
-    )
-    total = total / count[:, None]
+    if DIVISOR != 0:
+        total = total / DIVISOR
+    else:
+        rows = window_length(h, height, KERNEL_H, STRIDE_H, PAD_H, COUNT_PADDING)
+        columns = window_length(w, width, KERNEL_W, STRIDE_W, PAD_W, COUNT_PADDING)
+        total = total / (rows * columns).to(tl.float32)[:, None]
     offset = image * (output_n * UNIT) + h * (output_h * UNIT) + w * (output_w * UNIT)
     valid = ((h < out_height) & (w < out_width))[:, None] & (c < channels)[None, :]
     tl.store(output + offset[:, None] + c[None, :] * output_c, total.to(DTYPE), mask=valid)
@@ -91,13 +115,14 @@ def avg_pool2d_backward_kernel(
     DTYPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, COUNT_PADDING: tl.constexpr, DIVISOR: tl.constexpr,
-    WINDOWS_H: tl.constexpr, WINDOWS_W: tl.constexpr,
+    ADAPTIVE: tl.constexpr, WINDOWS_H: tl.constexpr, WINDOWS_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad_input[h, w, c] = sum over the windows around (h, w) of grad_output / count
 
-    A pixel lies in up to WINDOWS_H x WINDOWS_W windows. A program computes TILE_H x TILE_W pixels of BLOCK_C channels.
-    Bytes a grad_input element: itself + grad_output / S^2.
+    A pixel lies in up to WINDOWS_H x WINDOWS_W windows, of KERNEL, STRIDE and PAD or, if ADAPTIVE, of equal parts of
+    the image. A program computes TILE_H x TILE_W pixels of BLOCK_C channels.
+    Bytes a grad_input element: itself + grad_output * H' W' / (H W).
     """
     channels = channels * UNIT
     image, h, w, first_channel = tile_coordinates(
@@ -107,18 +132,21 @@ def avg_pool2d_backward_kernel(
     source = grad_output + image * (grad_n * UNIT) + c[None, :] * grad_c
     total = tl.zeros((TILE_H * TILE_W, BLOCK_C), dtype=tl.float32)
     for a in range(WINDOWS_H):
-        row = (h + PAD_H) // STRIDE_H - a
-        row_inside = (row >= 0) & (row < out_height) & (h + PAD_H - row * STRIDE_H < KERNEL_H)
+        row, row_reads, rows = reading_window(
+            h, a, height, out_height, KERNEL_H, STRIDE_H, PAD_H, COUNT_PADDING, ADAPTIVE
+        )
         for b in range(WINDOWS_W):
-            column = (w + PAD_W) // STRIDE_W - b
-            inside = row_inside & (column >= 0) & (column < out_width) & (w + PAD_W - column * STRIDE_W < KERNEL_W)
-            offset = row * (grad_h * UNIT) + column * (grad_w * UNIT)
-            g = tl.load(source + offset[:, None], mask=inside[:, None] & (c < channels)[None, :], other=0.0)
-            count = window_count(
-                row, column, height, width, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, COUNT_PADDING, DIVISOR
+            column, reads, columns = reading_window(
+                w, b, width, out_width, KERNEL_W, STRIDE_W, PAD_W, COUNT_PADDING, ADAPTIVE
             )
+            reads = reads & row_reads
+            offset = row * (grad_h * UNIT) + column * (grad_w * UNIT)
+            g = tl.load(source + offset[:, None], mask=reads[:, None] & (c < channels)[None, :], other=0.0)
+            count = rows * columns
+            if DIVISOR != 0:
+                count = tl.full((TILE_H * TILE_W,), DIVISOR, dtype=tl.int32)
             # A window that is not there may have a count of 0.
-            total += g.to(tl.float32) / tl.where(inside, count, 1.0)[:, None]
+            total += g.to(tl.float32) / tl.where(reads, count, 1).to(tl.float32)[:, None]
     offset = image * (input_n * UNIT) + h * (input_h * UNIT) + w * (input_w * UNIT)
     valid = ((h < height) & (w < width))[:, None] & (c < channels)[None, :]
     tl.store(grad_input + offset[:, None] + c[None, :] * input_c, total.to(DTYPE), mask=valid)
@@ -184,12 +212,25 @@ def avg_pool2d_backward(
     grad_output: Tensor, input_size, kernel_size, stride, padding, ceil_mode: bool, count_include_pad: bool,
     divisor_override, channels_last: bool,
 ) -> Tensor:  # fmt: skip
+    windows = [triton.cdiv(k, s) for k, s in zip(kernel_size, stride, strict=True)]
+    window = _window(kernel_size, stride, padding, count_include_pad, divisor_override)
+    return average_backward(grad_output, input_size, channels_last, windows, ADAPTIVE=False, **window)
+
+
+def average_backward(
+    grad_output: Tensor, input_size: Sequence[int], channels_last: bool, windows: Sequence[int], **window: int
+) -> Tensor:
+    """The gradient of an average's input.
+
+    Args:
+        windows: how many windows read a pixel at most, along height and width.
+        window: constants of the kernel that say which.
+    """
     grad_input = torch.empty(
         input_size, dtype=grad_output.dtype, device=grad_output.device, memory_format=format_of(channels_last)
     )
     n, channels, height, width = input_size
-    windows = [triton.cdiv(k, s) for k, s in zip(kernel_size, stride, strict=True)]
-    tiles = cut(height, width, channels)
+    tiles = cut(height, width, channels, dtype=grad_output.dtype)
     unit = stride_unit(channels, False, grad_output, grad_input)
     start(
         Launch(
@@ -203,8 +244,7 @@ def avg_pool2d_backward(
             ),
             dict(
                 DTYPE=TRITON_DTYPE[grad_input.dtype], WIDE=needs_wide_offsets(grad_output, grad_input), UNIT=unit,
-                **_window(kernel_size, stride, padding, count_include_pad, divisor_override),
-                WINDOWS_H=windows[0], WINDOWS_W=windows[1], **tiles.constants,
+                WINDOWS_H=windows[0], WINDOWS_W=windows[1], **window, **tiles.constants,
             ),
             num_warps=tiles.num_warps,
         )
