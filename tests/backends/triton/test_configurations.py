@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tinytl_kernels.backends.triton import configurations, tiles
+from tinytl_kernels.backends.triton import configurations, group_norm, pixels, tiles
 from tinytl_kernels.backends.triton.configurations import Choice, Target, read, trying, watch, write
 from tinytl_kernels.backends.triton.launch import record
 from tinytl_kernels.backends.triton.pointwise import tile_sizes
@@ -159,10 +159,16 @@ def test_every_candidate_is_one_that_kernels_can_take(channels, dtype):
         assert {tile_h * tile_w, block, num_warps} <= powers
         assert block % 8 == 0  # a byte of a mask belongs to one program
     for candidate in tile_sizes.candidates(6272, channels, 2 * channels, dtype, True):
-        pixels, columns, depth, num_warps, stages = candidate
-        assert {pixels, columns, depth, num_warps} <= powers
-        assert min(pixels, columns, depth) >= 16  # the least that tl.dot takes
+        block_pixels, columns, depth, num_warps, stages = candidate
+        assert {block_pixels, columns, depth, num_warps} <= powers
+        assert min(block_pixels, columns, depth) >= 16  # the least that tl.dot takes
         assert 2 <= stages <= 4
+    for rows, block, num_warps in pixels.tile_sizes.candidates(channels, True):
+        assert {rows, block, num_warps} <= powers
+        assert block % 8 == 0
+    for rows, block, together, num_warps in group_norm.cut_shape.candidates(8, 196, channels):
+        assert {rows, block, together, num_warps} <= powers
+        assert together >= rows  # pixels of a sum, read ROWS at a time
 
 
 def test_the_digest_changes_with_any_source(tmp_path, monkeypatch):

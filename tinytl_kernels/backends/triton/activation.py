@@ -19,20 +19,15 @@ from tinytl_kernels.backends.triton.launch import (
     needs_wide_offsets,
     on_device,
     pixel_offset,
-    power_of_two,
     start,
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.pixels import ANY_SIZE, pixel_arguments, pixel_tile, tile_sizes
 from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE, mask_size
 
-# Elements of a tile: 32 a thread at 4 warps.
-_TILE_ELEMENTS = 4096
 
-_ANY_SIZE = ["pixels", "image", "width"]
-
-
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE)
 def activation_kernel(
     input, bias, output, saved, pixels, image, width, channels, slope,
     input_n, input_h, input_w, input_c, output_n, output_h, output_w, output_c,
@@ -45,13 +40,8 @@ def activation_kernel(
     ``output``.
     """
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    first_channel = tl.program_id(0) % channel_tiles * BLOCK_C
-    pixel = tl.program_id(0) // channel_tiles * ROWS + tl.arange(0, ROWS)
+    _, pixel, first_channel, c = pixel_tile(channels, WIDE, ROWS, BLOCK_C)
     inside = pixel < pixels
-    c = first_channel + tl.arange(0, BLOCK_C)
-    if WIDE:
-        pixel, c = pixel.to(tl.int64), c.to(tl.int64)
     valid = inside[:, None] & (c < channels)[None, :]
     rows = pixel_offset(pixel, image, width, input_n * UNIT, input_h * UNIT, input_w * UNIT, FLAT)
     x = tl.load(input + rows[:, None] + c[None, :] * input_c, mask=valid, other=0.0).to(tl.float32)
@@ -65,7 +55,7 @@ def activation_kernel(
     tl.store(output + offset, y.to(DTYPE), mask=valid)
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE)
 def activation_backward_kernel(
     grad_output, saved, grad_input, grad_bias, pixels, image, width, channels, slope,
     grad_n, grad_h, grad_w, grad_c, saved_n, saved_h, saved_w, saved_c, input_n, input_h, input_w, input_c,
@@ -78,14 +68,8 @@ def activation_backward_kernel(
     tiles, C) float32, to be added up in a fixed order. Bytes an element: grad_output + grad_input + 1/8 + 4 / ROWS.
     """
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    first_channel = tl.program_id(0) % channel_tiles * BLOCK_C
-    tile = tl.program_id(0) // channel_tiles
-    pixel = tile * ROWS + tl.arange(0, ROWS)
+    tile, pixel, first_channel, c = pixel_tile(channels, WIDE, ROWS, BLOCK_C)
     inside = pixel < pixels
-    c = first_channel + tl.arange(0, BLOCK_C)
-    if WIDE:
-        pixel, c, tile = pixel.to(tl.int64), c.to(tl.int64), tile.to(tl.int64)
     grad_row = pixel_offset(pixel, image, width, grad_n * UNIT, grad_h * UNIT, grad_w * UNIT, FLAT)
     saved_row = pixel_offset(pixel, image, width, saved_n * UNIT, saved_h * UNIT, saved_w * UNIT, FLAT)
     g = load_gradient(
@@ -100,14 +84,6 @@ def activation_backward_kernel(
         tl.store(grad_input + rows[:, None] + c[None, :] * input_c, g.to(DTYPE), mask=valid)
 
 
-def tile_sizes(channels: int) -> tuple[int, int]:
-    """(ROWS, BLOCK_C) of a tile by the number of channels."""
-    block = power_of_two(channels, 8, 128)
-    if channels % block:  # 144 channels in three tiles of 64 rather than two of 128
-        block = min((block, max(8, block // 2)), key=lambda b: (triton.cdiv(channels, b) * b, -b))
-    return _TILE_ELEMENTS // block, block
-
-
 def activate_into(
     input: Tensor, bias: Tensor | None, activation: str | None, output: Tensor, saved: Tensor | None,
     slope: float = LEAKY_SLOPE,
@@ -119,17 +95,17 @@ def activate_into(
         bias: (C,) or None.
         saved: mask (N, H, W, ceil(C / 8)) uint8, or value like ``output`` with its strides, written; or None.
     """
-    n, channels, height, width = input.shape
-    rows, block = tile_sizes(channels)
+    channels = input.size(1)
+    rows, block, num_warps = tile_sizes(channels)
     flat = is_flat(input, output)
     unit = stride_unit(channels, flat, input, output)
+    sizes = pixel_arguments(input, unit)
     start(
         Launch(
             activation_kernel,
-            (triton.cdiv(n * height * width, rows) * triton.cdiv(channels, block),),
+            (triton.cdiv(sizes["pixels"], rows) * triton.cdiv(channels, block),),
             dict(
-                input=input, bias=bias, output=output, saved=saved, pixels=n * height * width,
-                image=height * width, width=width, channels=channels // unit, slope=float(slope),
+                input=input, bias=bias, output=output, saved=saved, **sizes, slope=float(slope),
                 **stride_arguments("input", input, unit, flat), **stride_arguments("output", output, unit, flat),
             ),
             dict(
@@ -137,13 +113,14 @@ def activate_into(
                 SAVE=saved_kind(activation, saved is not None), FLAT=flat, WIDE=needs_wide_offsets(input, output),
                 UNIT=unit, ROWS=rows, BLOCK_C=block,
             ),
+            num_warps,
         )
     )  # fmt: skip
 
 
 def gradient_tiles(pixels: int, channels: int) -> int:
     """Rows of the bias gradient's partial sums that :func:`gradient_into` writes."""
-    return triton.cdiv(pixels, tile_sizes(channels)[0])
+    return triton.cdiv(pixels, tile_sizes(channels, backward=True)[0])
 
 
 def gradient_into(
@@ -158,20 +135,20 @@ def gradient_into(
         grad_input: like ``grad_output``, written; or None.
         grad_bias: (``gradient_tiles``, C) float32, written; or None.
     """
-    n, channels, height, width = grad_output.shape
-    rows, block = tile_sizes(channels)
+    channels = grad_output.size(1)
+    rows, block, num_warps = tile_sizes(channels, backward=True)
     save = saved_kind(activation)
     value = saved if save == "value" else None
     flat = is_flat(grad_output, value, grad_input)
     unit = stride_unit(channels, flat, grad_output, value, grad_input)
+    sizes = pixel_arguments(grad_output, unit)
     start(
         Launch(
             activation_backward_kernel,
-            (triton.cdiv(n * height * width, rows) * triton.cdiv(channels, block),),
+            (triton.cdiv(sizes["pixels"], rows) * triton.cdiv(channels, block),),
             dict(
                 grad_output=grad_output, saved=None if save == "nothing" else saved, grad_input=grad_input,
-                grad_bias=grad_bias, pixels=n * height * width, image=height * width, width=width,
-                channels=channels // unit, slope=float(slope),
+                grad_bias=grad_bias, **sizes, slope=float(slope),
                 **stride_arguments("grad", grad_output, unit, flat), **stride_arguments("saved", value, unit, flat),
                 **stride_arguments("input", grad_input, unit, flat),
             ),
@@ -179,6 +156,7 @@ def gradient_into(
                 DTYPE=TRITON_DTYPE[grad_output.dtype], ACTIVATION=activation, SAVE=save, FLAT=flat,
                 WIDE=needs_wide_offsets(grad_output, value, grad_input), UNIT=unit, ROWS=rows, BLOCK_C=block,
             ),
+            num_warps,
         )
     )  # fmt: skip
 

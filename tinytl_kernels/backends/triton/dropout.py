@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinytl_kernels.backends.reference import dropout as reference
-from tinytl_kernels.backends.triton.activation import as_image, image_like, tile_sizes
+from tinytl_kernels.backends.triton.activation import as_image, image_like
 from tinytl_kernels.backends.triton.bitmask import load_bits, store_bits
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
@@ -21,12 +21,11 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.pixels import ANY_SIZE, pixel_arguments, pixel_tile, tile_sizes
 from tinytl_kernels.core.activations import mask_size
 
-_ANY_SIZE = ["pixels", "image", "width"]
 
-
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE)
 def dropout_kernel(
     input, output, mask, seed, pixels, image, width, channels, p, scale,
     input_n, input_h, input_w, input_c, output_n, output_h, output_w, output_c,
@@ -40,13 +39,8 @@ def dropout_kernel(
     A program computes ROWS pixels x BLOCK_C channels. Bytes an element: input + output + 1/8.
     """
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    first_channel = tl.program_id(0) % channel_tiles * BLOCK_C
-    pixel = tl.program_id(0) // channel_tiles * ROWS + tl.arange(0, ROWS)
+    _, pixel, first_channel, c = pixel_tile(channels, WIDE, ROWS, BLOCK_C)
     inside = pixel < pixels
-    c = first_channel + tl.arange(0, BLOCK_C)
-    if WIDE:
-        pixel, c = pixel.to(tl.int64), c.to(tl.int64)
     valid = inside[:, None] & (c < channels)[None, :]
     if seed is None:
         bits = load_bits(mask, pixel, inside, first_channel, channels, ROWS, BLOCK_C)
@@ -70,23 +64,25 @@ def drop_into(input: Tensor, p: float, mask: Tensor, seed: Tensor | None, output
         seed: (1,) int64, or None.
         output: like ``input``, written.
     """
-    n, channels, height, width = input.shape
-    rows, block = tile_sizes(channels)
+    channels = input.size(1)
+    rows, block, num_warps = tile_sizes(channels)
     flat = is_flat(input, output)
     unit = stride_unit(channels, flat, input, output)
+    sizes = pixel_arguments(input, unit)
     start(
         Launch(
             dropout_kernel,
-            (triton.cdiv(n * height * width, rows) * triton.cdiv(channels, block),),
+            (triton.cdiv(sizes["pixels"], rows) * triton.cdiv(channels, block),),
             dict(
-                input=input, output=output, mask=mask, seed=seed, pixels=n * height * width, image=height * width,
-                width=width, channels=channels // unit, p=float(p), scale=0.0 if p == 1.0 else 1.0 / (1.0 - p),
+                input=input, output=output, mask=mask, seed=seed, **sizes, p=float(p),
+                scale=0.0 if p == 1.0 else 1.0 / (1.0 - p),
                 **stride_arguments("input", input, unit, flat), **stride_arguments("output", output, unit, flat),
             ),
             dict(
                 DTYPE=TRITON_DTYPE[output.dtype], FLAT=flat,
                 WIDE=needs_wide_offsets(input, output) or input.numel() >= 2**31, UNIT=unit, ROWS=rows, BLOCK_C=block,
             ),
+            num_warps,
         )
     )  # fmt: skip
 

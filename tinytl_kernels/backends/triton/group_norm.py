@@ -6,6 +6,7 @@ by pixels and put together in a fixed order: one large image has as many program
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinytl_kernels.backends.triton.activation import tile_sizes
 from tinytl_kernels.backends.triton.chunks import chunk_images, chunks
+from tinytl_kernels.backends.triton.configurations import tunable
 from tinytl_kernels.backends.triton.epilogue import activate
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
@@ -28,6 +29,7 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.pixels import TILE_ELEMENTS, channel_block, image_tile, tile_candidates
 from tinytl_kernels.core.activations import LEAKY_SLOPE
 from tinytl_kernels.core.layout import memory_format
 
@@ -61,14 +63,8 @@ def group_norm_statistics_kernel(
     mean is large. Bytes an element: input + 8 / split_pixels.
     """
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    split = program // channel_tiles % splits
-    number = program // channel_tiles // splits
-    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    number, split, c = image_tile(channels, splits, WIDE, BLOCK_C)
     last = tl.minimum((split + 1) * split_pixels, image)
-    if WIDE:
-        number, c = number.to(tl.int64), c.to(tl.int64)
     mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
     squares = tl.zeros((BLOCK_C,), dtype=tl.float32)
     smallest = tl.full((BLOCK_C,), float("inf"), dtype=tl.float32)
@@ -176,13 +172,8 @@ def group_norm_kernel(
     """
     group_channels = channels * UNIT // groups
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    number = program // channel_tiles // splits
-    place = program // channel_tiles % splits * ROWS + tl.arange(0, ROWS)
-    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    if WIDE:
-        number, c = number.to(tl.int64), c.to(tl.int64)
+    number, split, c = image_tile(channels, splits, WIDE, BLOCK_C)
+    place = split * ROWS + tl.arange(0, ROWS)
     valid = (place < image)[:, None] & (c < channels)[None, :]
     pixel = number * image + place
     rows = pixel_offset(pixel, image, width, input_n * UNIT, input_h * UNIT, input_w * UNIT, FLAT)
@@ -204,13 +195,17 @@ def group_norm_kernel(
 
 @dataclass(frozen=True)
 class Cut:
-    """How images of ``image`` pixels are cut: tiles of ``rows`` x ``block``, sums over ``split_pixels``."""
+    """How images of ``image`` pixels are cut: tiles of ``rows`` x ``block``, sums over ``split_pixels``.
+
+    Each tile, and each split of a tile's channels, is a program of ``num_warps`` warps.
+    """
 
     image: int
     channels: int
     rows: int
     block: int
     split_pixels: int
+    num_warps: int
 
     @property
     def splits(self) -> int:
@@ -221,15 +216,34 @@ class Cut:
         return (images * triton.cdiv(self.image, pixels) * triton.cdiv(self.channels, self.block),)
 
 
-def cut_images(images: int, image: int, channels: int) -> Cut:
-    """The :class:`Cut` of ``images`` images of ``image`` pixels."""
-    rows, block = tile_sizes(channels)
-    rows = power_of_two(image, 1, rows)
+def _shapes(images: int, image: int, channels: int, backward: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    """What ``tinytl tune`` tries: other tiles, and sums over as many, twice and half as many pixels."""
+    for rows, block, num_warps in tile_candidates(channels):
+        rows = power_of_two(image, 1, rows)
+        usual = _split_pixels(images, image, channels, rows, block)
+        for pixels in (usual, 2 * usual, usual // 2):
+            yield rows, block, max(rows, pixels), num_warps
+
+
+@tunable(_shapes)
+def cut_shape(images: int, image: int, channels: int, backward: bool = False) -> tuple[int, int, int, int]:
+    """(ROWS, BLOCK_C, pixels of a sum, num_warps) for ``images`` images of ``image`` pixels."""
+    block = channel_block(channels)
+    rows = power_of_two(image, 1, TILE_ELEMENTS // block)
+    return rows, block, _split_pixels(images, image, channels, rows, block), 4
+
+
+def _split_pixels(images: int, image: int, channels: int, rows: int, block: int) -> int:
+    """A large image alone needs many programs; for a batch the fewer partial sums the better."""
     pixels = 512
-    # A large image alone needs many programs; for a batch the fewer partial sums the better.
     while pixels > rows and images * triton.cdiv(image, pixels) * triton.cdiv(channels, block) < _ENOUGH_PROGRAMS:
         pixels //= 2
-    return Cut(image, channels, rows, block, max(rows, pixels))
+    return max(rows, pixels)
+
+
+def cut_images(images: int, image: int, channels: int, backward: bool = False) -> Cut:
+    """The :class:`Cut` of ``images`` images of ``image`` pixels."""
+    return Cut(image, channels, *cut_shape(images, image, channels, backward))
 
 
 def image_arguments(tensor: Tensor, unit: int, groups: int) -> dict[str, int]:
@@ -261,6 +275,7 @@ def statistics_into(
                 FLAT=flat, WIDE=needs_wide_offsets(input, partial), UNIT=unit, RANGE=step is not None,
                 ROWS=cut.rows, BLOCK_C=cut.block,
             ),
+            cut.num_warps,
         )
     )  # fmt: skip
     start(
@@ -306,6 +321,7 @@ def normalise_into(
                 DTYPE=TRITON_DTYPE[output.dtype], ACTIVATION=activation, FLAT=flat,
                 WIDE=needs_wide_offsets(input, output), UNIT=unit, ROWS=cut.rows, BLOCK_C=cut.block,
             ),
+            cut.num_warps,
         )
     )  # fmt: skip
 

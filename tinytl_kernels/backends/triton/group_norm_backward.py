@@ -35,6 +35,7 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.pixels import image_tile
 from tinytl_kernels.core.activations import LEAKY_SLOPE
 from tinytl_kernels.core.layout import memory_format
 
@@ -70,14 +71,8 @@ def group_norm_sums_kernel(
     """
     group_channels = channels * UNIT // groups
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    split = program // channel_tiles % splits
-    number = program // channel_tiles // splits
-    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    number, split, c = image_tile(channels, splits, WIDE, BLOCK_C)
     last = tl.minimum((split + 1) * split_pixels, image)
-    if WIDE:
-        number, c = number.to(tl.int64), c.to(tl.int64)
     middle = load_per_group(shift, number, c, channels, group_channels, groups)
     factor = load_per_group(scale, number, c, channels, group_channels, groups)
     gain, offset = load_affine(weight, bias, c, channels, BLOCK_C)
@@ -141,13 +136,8 @@ def group_norm_backward_kernel(
     """
     group_channels = channels * UNIT // groups
     channels = channels * UNIT
-    channel_tiles = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    number = program // channel_tiles // splits
-    place = program // channel_tiles % splits * ROWS + tl.arange(0, ROWS)
-    c = program % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    if WIDE:
-        number, c = number.to(tl.int64), c.to(tl.int64)
+    number, split, c = image_tile(channels, splits, WIDE, BLOCK_C)
+    place = split * ROWS + tl.arange(0, ROWS)
     valid = (place < image)[:, None] & (c < channels)[None, :]
     pixel = number * image + place
     grad_row = pixel_offset(pixel, image, width, grad_n * UNIT, grad_h * UNIT, grad_w * UNIT, FLAT)
@@ -189,6 +179,7 @@ def sums_into(
                 ACTIVATION=activation, DERIVATIVE=saved_kind(activation), FLAT=flat,
                 WIDE=needs_wide_offsets(grad_output, values, partial), UNIT=unit, ROWS=cut.rows, BLOCK_C=cut.block,
             ),
+            cut.num_warps,
         )
     )  # fmt: skip
 
@@ -229,6 +220,7 @@ def gradient_into(
                 FLAT=flat, WIDE=needs_wide_offsets(grad_output, values, grad_input), UNIT=unit,
                 ROWS=cut.rows, BLOCK_C=cut.block,
             ),
+            cut.num_warps,
         )
     )  # fmt: skip
 
@@ -244,7 +236,7 @@ def group_norm_activation_backward(
     if need_input:
         grad_input = torch.empty_like(grad_output, memory_format=memory_format(grad_output))
     step = chunk_images(n, 2 * channels * height * width, grad_output)
-    cut = cut_images(min(n, step), height * width, channels)
+    cut = cut_images(min(n, step), height * width, channels, backward=True)
     partial = rstd.new_empty((n, cut.splits, 2, channels))
     for images in chunks(n, step):
         kept = (values[images], shift[images], scale[images])

@@ -55,6 +55,9 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 
+# Each takes what Triton made of the kernels that are started.
+_compiled: list[list[Any]] = []
+
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
@@ -74,6 +77,18 @@ def recording() -> bool:
     return _recorded is not None
 
 
+@contextlib.contextmanager
+def compiled() -> Iterator[list[Any]]:
+    """Collect what Triton made of every kernel that is started in the ``with`` block; nothing if it interprets them."""
+    kernels: list[Any] = []
+    _compiled.append(kernels)
+    try:
+        yield kernels
+    finally:
+        # Not remove(): two lists of the same kernels are equal.
+        del _compiled[next(i for i, seen in enumerate(_compiled) if seen is kernels)]
+
+
 def start(launch: Launch) -> None:
     """Start a launch on the device of its tensors, or collect it inside :func:`record`."""
     if math.prod(launch.grid) == 0:
@@ -81,12 +96,15 @@ def start(launch: Launch) -> None:
     if _recorded is not None:
         _recorded.append(launch)
         return
-    launch.kernel[launch.grid](
+    kernel = launch.kernel[launch.grid](
         **launch.arguments,
         **launch.constants,
         num_warps=launch.warps_of(32 if torch.version.hip is None else 64),
         num_stages=launch.num_stages,
     )
+    for kernels in _compiled:
+        if kernel is not None:
+            kernels.append(kernel)
 
 
 # Told of every call of an operator: (operator, positional arguments, keyword arguments).

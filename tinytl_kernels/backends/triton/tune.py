@@ -8,7 +8,7 @@ make, checks the answer and takes the time. :func:`tinytl_kernels.backends.trito
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.backends.triton.configurations import Choice, Configuration, trying, watch
-from tinytl_kernels.backends.triton.launch import last_offset, observe
+from tinytl_kernels.backends.triton.launch import compiled, last_offset, observe
 
 # A candidate has to beat the rule by this much: below lies the noise, and a table that follows it helps nobody.
 LEAST_GAIN = 0.02
 # Of whole numbers most sums are exact, but smooth activations and bilinear weights round in the order of summation.
 _ROUNDINGS = 8
-_FLIPPED_BYTES = 1e-3
+_FLIPPED = 1e-3
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -133,7 +133,8 @@ def search(
         progress: Told of every call, in a line.
 
     Returns:
-        The trials. A candidate that failed, or gave another answer than the rule's, is in ``failed``.
+        The trials. A candidate that failed, gave another answer than the rule's or spilled more registers is in
+        ``failed``: what spills may win a quiet measurement, and loses where other kernels need the cache.
 
     Raises:
         RuntimeError: A call fails under the rules themselves.
@@ -141,8 +142,10 @@ def search(
     trials: dict[Choice, Trial] = {}
     for number, (call, count) in enumerate(calls.items(), 1):
         run = call.on(device)
-        with trying({}), watch() as choices:
-            expected = run()
+        with trying({}), watch() as choices, compiled() as kernels:
+            expected = _answer(run, device)
+        usual_spills = _spills(kernels)
+        with trying({}):
             usual = timer(run)
         tried = 0
         for choice, candidates in choices.items():
@@ -154,9 +157,12 @@ def search(
                 tried += 1
                 with trying({choice: candidate}):
                     try:
-                        _check(expected, run())
+                        with compiled() as kernels:
+                            _check(expected, _answer(run, device))
+                        if (spills := _spills(kernels)) > usual_spills:
+                            raise ValueError(f"spills {spills} registers, the rule's kernels {usual_spills}")
                         seconds = timer(run)
-                    except Exception as error:  # out of registers or shared memory, refused by a compiler, wrong
+                    except Exception as error:  # out of shared memory, refused by a compiler, wrong
                         trial.failed[candidate] = f"{type(error).__name__}: {error}".splitlines()[0]
                     else:
                         trial.seconds[candidate] += count * seconds
@@ -170,6 +176,18 @@ def search(
 def winners(trials: Mapping[Choice, Trial]) -> dict[Choice, Configuration]:
     """The choices in which another configuration than the rule's won."""
     return {choice: trial.best for choice, trial in trials.items() if trial.best != trial.rule}
+
+
+def _answer(run: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
+    """What ``run`` gives on ``device``, the same each time where it draws random numbers."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return run()
+
+
+def _spills(kernels: Sequence[Any]) -> int:
+    """Registers that a thread keeps in memory, as the driver says, in all kernels together."""
+    return sum(kernel.n_spills or 0 for kernel in kernels)
 
 
 def _sizes(call: Call) -> str:
@@ -186,8 +204,8 @@ def _check(expected: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> None:
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
             if a.numel() == 0:
                 continue
-            if a.dtype == torch.uint8:
-                error, allowed = (a != b).double().mean().item(), _FLIPPED_BYTES
+            if not a.dtype.is_floating_point:  # masks, positions, codes
+                error, allowed = (a != b).double().mean().item(), _FLIPPED
             else:
                 error = ((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item()
                 allowed = _ROUNDINGS * torch.finfo(a.dtype).eps
@@ -195,4 +213,4 @@ def _check(expected: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> None:
                 raise ValueError(f"output {index}: another answer, error {error:.1e}, allowed {allowed:.1e}")
     finally:
         for tensor in got:
-            tensor.fill_(255 if tensor.dtype == torch.uint8 else float("nan"))
+            tensor.fill_(float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max)

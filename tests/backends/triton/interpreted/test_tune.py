@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from tinytl_kernels import ops, use_backend
 from tinytl_kernels.backends.triton import tune
 from tinytl_kernels.backends.triton.configurations import Choice, watch
 from tinytl_kernels.backends.triton.frozen_conv import frozen_conv
+from tinytl_kernels.backends.triton.launch import Launch, start
+from tinytl_kernels.backends.triton.operators import OPERATORS
 from tinytl_kernels.backends.triton.tiles import tile_shape
 from tinytl_kernels.backends.triton.tune import Blank, Call, Trial, record, search, winners
 
@@ -117,12 +121,78 @@ def test_a_candidate_that_failed_in_one_call_is_not_chosen_for_its_time_in_anoth
     assert trial.best == (3,)
 
 
+def test_a_candidate_that_spills_more_than_the_rule_is_left_out_however_fast():
+    call = conv_call()
+    choice, candidates = only_choice(call)
+
+    def spilled() -> int:
+        return {candidates[0]: 2, candidates[3]: 1}.get(tile_shape(6, 5, 24, (1, 1), (3, 3), torch.float32), 9)
+
+    class Compiled:
+        """A kernel that says what it spills; the interpreter's do not."""
+
+        def __getitem__(self, grid):
+            return lambda **arguments: SimpleNamespace(n_spills=spilled())
+
+    def spilling(input, *rest):
+        start(Launch(Compiled(), (1,), {}, {}))
+        return frozen_conv(input, *rest)
+
+    trials = search({Call(spilling, call.arguments): 1}, lambda run: 2.0 - spilled() / 10, CPU)
+    assert set(trials[choice].failed) == set(candidates) - {candidates[0], candidates[3]}
+    assert "spills 9 registers, the rule's kernels 2" in trials[choice].failed[candidates[4]]
+
+
 def test_what_a_kernel_does_not_write_is_not_taken_for_an_answer():
     expected = (torch.ones(64, 64),)
     tune._check(expected, (got := torch.ones(64, 64),))
     assert got.isnan().all()  # the allocator hands the same memory to the next candidate
     with pytest.raises(ValueError, match="another answer"):
         tune._check(expected, (torch.full((64, 64), float("nan")),))
+
+
+def image(channels: int) -> torch.Tensor:
+    return torch.empty(1, channels, 6, 5).contiguous(memory_format=torch.channels_last)
+
+
+def run_activation() -> None:
+    y, mask = OPERATORS["activation"](image(16), "relu", 0.0, True)
+    OPERATORS["activation_backward"](y, mask, "relu", 0.0)
+
+
+def run_dropout() -> None:
+    y, mask = OPERATORS["dropout"](image(16), 0.5)
+    OPERATORS["dropout_backward"](y, mask, 0.5)
+
+
+def run_group_norm() -> None:
+    x, affine = image(16), (torch.empty(16), torch.empty(16))
+    _, mean, rstd, _, _ = OPERATORS["group_norm_activation"](x, *affine, 2, 1e-5, "relu6", True)
+    OPERATORS["group_norm_activation_backward"](x, x, mean, rstd, rstd, *affine, 2, "relu6", [True] * 3)
+
+
+def run_dense() -> None:
+    weight, geometry = torch.empty(32, 8, 3, 3), ((1, 1), (1, 1, 1, 1), (1, 1), 2)
+    y, mask = frozen_conv(image(16), weight, torch.empty(32), *geometry, "relu", True)
+    OPERATORS["frozen_conv_backward"](y, weight, mask, (1, 16, 6, 5), *geometry, "relu", True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("run", "tunables"),
+    [
+        (run_activation, {"pixels.tile_sizes"}),
+        (run_dropout, {"pixels.tile_sizes"}),
+        (run_group_norm, {"group_norm.cut_shape"}),
+        (run_dense, {"dense.tile_sizes", "choice.dense_by"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_candidate_gives_the_answer_of_the_rule(run, tunables):
+    trials = search(record(run), lambda run: 1.0, CPU)
+    assert {choice.tunable for choice in trials} == tunables
+    for choice, trial in trials.items():
+        assert not trial.failed, choice
+        assert len(trial.seconds) > 1
 
 
 def test_data_for_a_call_has_its_shapes_and_strides():
