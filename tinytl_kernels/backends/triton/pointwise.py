@@ -131,7 +131,10 @@ def pointwise_backward_kernel(
         )  # fmt: skip
         if grad_bias is not None:
             sums = grad_bias + tile * out_channels + out
-            if ONE_COLUMN or column == 0:
+            # A branch at run time comes after the product in Triton's pipeline, and g lives in registers until then.
+            if ONE_COLUMN:  # noqa: SIM114 - decided at compile time, the next one at run time
+                tl.store(sums, sum_over_pixels(g), mask=out < out_channels)
+            elif column == 0:
                 tl.store(sums, sum_over_pixels(g), mask=out < out_channels)
         w = load_weight(
             weight, scale, out[:, None] * (weight_o * IN_UNIT) + c[None, :] * weight_c,
