@@ -15,6 +15,8 @@ from benchmarks.gpu.worker import Context
 from tinytl_kernels.backends.triton.timing import Run, Stopwatch, captured
 
 BATCH = 128
+# Operators that are made of ATen's too: a second row of each is of these.
+BESIDE_ATEN = ("lite_branch", "lite_branch_wide")
 
 
 def copy_bytes_per_second(context: Context) -> float:
@@ -47,6 +49,7 @@ def layers(tiny: bool) -> Iterator[tuple[str, OperatorCase]]:
         "avg_pool",
         "max_pool",
         "upsample_add",
+        *BESIDE_ATEN,
     ):
         make, size = OPERATORS[kind]
         size = (1, size[1], 4, 4) if tiny else size
@@ -54,7 +57,7 @@ def layers(tiny: bool) -> Iterator[tuple[str, OperatorCase]]:
 
 
 def rows(context: Context, dtype: str = "bfloat16") -> Iterator[Row]:
-    """One row a case: seconds and share of the copy's rate, forward and backward."""
+    """One row a case (two of ``BESIDE_ATEN``): seconds and share of the copy's rate, forward and backward."""
     copy = copy_bytes_per_second(context)
     if not context.warm:
         yield {"copy_bytes_per_s": copy}
@@ -62,28 +65,32 @@ def rows(context: Context, dtype: str = "bfloat16") -> Iterator[Row]:
     for kind, case in layers(context.tiny):
         if context.left < 0:
             return
-        row: Row = {"kind": kind, "case": case.name, "dtype": dtype}
-        try:
-            row |= _measure(case.build(DTYPES[dtype], context.device), stopwatch, copy, context)
-        except Exception as error:
-            row["wrong"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        yield row
+        backends = {kind: context.backend}
+        if kind in BESIDE_ATEN:
+            backends[f"{kind}, ATen"] = "reference"
+        for label, backend in backends.items():
+            row: Row = {"kind": label, "case": case.name, "dtype": dtype}
+            try:
+                row |= _measure(case.build(DTYPES[dtype], context.device), stopwatch, copy, context, backend)
+            except Exception as error:
+                row["wrong"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            yield row
 
 
-def _measure(sample: Sample, stopwatch: Stopwatch, copy: float, context: Context) -> Row:
+def _measure(sample: Sample, stopwatch: Stopwatch, copy: float, context: Context, backend: str) -> Row:
     on_gpu = context.device.type == "cuda"
     # A backward runs on the stream of its forward, and the one that is recorded is not the default one.
     stream = torch.cuda.Stream() if on_gpu else None
     if on_gpu:
         torch.cuda.synchronize()
-    with tk.use_backend(context.backend), torch.cuda.stream(stream):
+    with tk.use_backend(backend), torch.cuda.stream(stream):
         parts = prepared(sample)
         if on_gpu:
             stream.synchronize()
     if context.warm:
         return {}
     row: Row = {}
-    with tk.use_backend(context.backend):
+    with tk.use_backend(backend):
         for name, (run, moved) in parts.items():
             python_s = _python_seconds(run, context)
             # As a graph: the kernels alone, without the time that Python takes to launch them.

@@ -181,6 +181,35 @@ def group_norm(size: Size, groups: int, activation: str | None) -> Callable[[tor
     return build
 
 
+def lite_branch(
+    size: Size, out_channels: int, kernel: int = 5, stride: int = 1, norm: str = "batch", keep_conv: bool = True,
+    channels_last: bool = True,
+) -> Callable[[torch.dtype, torch.device], Sample]:  # fmt: skip
+    """The branch of a lite residual behind its pooling; ``norm``: "batch", "running" (constants) or "group"."""
+    inner = size[1]
+
+    def build(dtype: torch.dtype, device: torch.device) -> Sample:
+        weight1 = _weight(inner, inner // 2, kernel, kernel, dtype=dtype, device=device)
+        weight2 = _weight(out_channels, inner, 1, 1, dtype=dtype, device=device)
+        gains = [torch.randint(1, 4, (c,), device=device) * 0.5 for c in (inner, out_channels)]
+        # Thirds: where the statistics are constants no value lies at 0, and no rounding decides what passes.
+        shifts = [_bias(c, device) + 1 / 3 for c in (inner, out_channels)]
+
+        def function(pooled: Tensor, *trained: Tensor) -> Tensor:
+            norms = []
+            for gain, shift in zip(trained[2:4], trained[4:], strict=True):
+                constants = (torch.zeros_like(gain), torch.ones_like(gain) * 16) if norm == "running" else (None, None)
+                groups = 4 if norm == "group" else 0
+                norms.append(ops.Norm(gain, shift, *constants, groups))
+            return ops.lite_branch(
+                pooled, trained[0], norms[0], trained[1], norms[1], stride, 2, keep_conv=keep_conv
+            )[0]  # fmt: skip
+
+        return Sample(function, (_image(size, dtype, device, channels_last), weight1, weight2, *gains, *shifts))
+
+    return build
+
+
 # For Nsight: name -> (of a size, at a size of MobileNetV2 or ResNet-50 with batch 128).
 OPERATORS: dict[str, tuple[Callable[[Size], Callable[[torch.dtype, torch.device], Sample]], Size]] = {
     "pointwise": (lambda size: conv(size, 6 * size[1], 1), (128, 24, 56, 56)),
@@ -196,6 +225,8 @@ OPERATORS: dict[str, tuple[Callable[[Size], Callable[[torch.dtype, torch.device]
     "avg_pool": (lambda size: unary(size, lambda x: ops.avg_pool2d(x, 2)), (128, 24, 56, 56)),
     "max_pool": (max_pool, (128, 64, 112, 112)),
     "upsample_add": (upsample_add, (128, 24, 56, 56)),
+    "lite_branch": (lambda size: lite_branch(size, size[1]), (128, 24, 28, 28)),
+    "lite_branch_wide": (lambda size: lite_branch(size, size[1]), (128, 160, 3, 3)),
 }
 
 
@@ -240,6 +271,10 @@ def cases(tiny: bool = False) -> Iterator[OperatorCase]:
     yield OperatorCase("global average pooling", unary(size(4, 24, 7, 7), lambda x: ops.adaptive_avg_pool2d(x, 1)))
     yield OperatorCase("max pooling", max_pool(size(4, 24, 15, 14)))
     yield OperatorCase("upsample and add", upsample_add(size(4, 24, 14, 14)))
+    yield OperatorCase("lite branch", lite_branch(size(8, 24, 14, 13), 32))
+    yield OperatorCase("lite branch, NCHW", lite_branch(size(4, 24, 14, 13), 32, channels_last=False))
+    yield OperatorCase("lite branch, group norms, stride 2", lite_branch(size(4, 16, 15, 14), 24, 3, 2, "group"))
+    yield OperatorCase("lite branch, constants, again", lite_branch(size(4, 32, 7, 7), 40, 3, 1, "running", False))
     yield OperatorCase("empty batch", conv((0, 24, 7, 7), 40, 1))
 
 

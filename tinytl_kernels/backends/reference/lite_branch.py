@@ -40,7 +40,7 @@ def lite_branch_backward(
     grad, scale2, bias2 = _norm_backward(
         grad_output, second, statistics2, norm_weight2, norm_groups2, eps2, of_batch2
     )  # fmt: skip
-    grad, grad_weight2 = _convolution_backward(grad, activated, weight2, 1, 1, any(needed[:4]), needed[4])
+    grad, grad_weight2 = convolution_backward(grad, activated, weight2, 1, 1, any(needed[:4]), needed[4])
     scale1 = bias1 = grad_pooled = grad_weight1 = None
     if any(needed[:4]):
         passes = z > 0 if activation == "relu" else (z > 0) & (z < 6)
@@ -48,7 +48,7 @@ def lite_branch_backward(
             passes |= z.isnan()
         grad = grad.where(passes, 0)
         grad, scale1, bias1 = _norm_backward(grad, conv, statistics1, norm_weight1, norm_groups1, eps1, of_batch1)
-        grad_pooled, grad_weight1 = _convolution_backward(grad, pooled, weight1, stride, groups, *needed[:2])
+        grad_pooled, grad_weight1 = convolution_backward(grad, pooled, weight1, stride, groups, *needed[:2])
     if grad_pooled is not None:
         grad_pooled = grad_pooled.contiguous(memory_format=memory_format(pooled))
     grads = (grad_pooled, grad_weight1, scale1, bias1, grad_weight2, scale2, bias2)
@@ -60,7 +60,7 @@ def _convolve(input: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor
     return torch.conv2d(input, weight.to(input.dtype), None, stride, weight.size(2) // 2, 1, groups)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, input: Tensor, weight: Tensor, stride: int, groups: int, need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(

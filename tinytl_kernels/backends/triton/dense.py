@@ -27,16 +27,24 @@ from tinytl_kernels.backends.triton.launch import (
     stride_arguments,
     stride_unit,
 )
+from tinytl_kernels.backends.triton.partial_statistics import (
+    ANY_SIZE,
+    Spans,
+    merge_statistics,
+    store_statistics,
+    tile_pixels,
+)
 from tinytl_kernels.backends.triton.phases import first_tap, grad_shift, phase_steps, window_constants
 from tinytl_kernels.backends.triton.weights import load_weight
 from tinytl_kernels.core.activations import LEAKY_SLOPE
 
 _ANY_SIZE = ["pixels", "image", "height", "width", "out_height", "out_width", "phase_height", "phase_width"]
+_ANY_SIZE_OF_FORWARD = ["out_width", "height", *ANY_SIZE]
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=_ANY_SIZE_OF_FORWARD)
 def dense_kernel(
-    input, weight, scale, bias, output, saved, pixels, image, out_width, height, width,
+    input, weight, scale, bias, output, saved, partial, span, splits, tiles, image, out_width, height, width,
     groups, group_channels, group_out, slope,
     input_n, input_h, input_w, input_c, output_n, output_h, output_w, output_c, weight_o, weight_h, weight_w, weight_c,
     DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
@@ -49,7 +57,8 @@ def dense_kernel(
 
     A program computes BLOCK_PIXELS x BLOCK_OUT of one group, in KERNEL_H KERNEL_W ceil(group_channels / BLOCK_IN)
     products. The taps after the first find most of their pixels in L2, and so do the programs of the other channels
-    and groups of these pixels, which follow. Writes the output and one bit (or the value before f) an element.
+    and groups of these pixels, which follow. Writes the output and one bit (or the value before f) an element, and to
+    ``partial``, if there is one, mean and squared differences of each channel of its tile (see ``partial_statistics``).
     Bytes an output element: itself + 1/8 + input * S^2 C / O.
     """
     group_channels = group_channels * IN_UNIT
@@ -57,14 +66,14 @@ def dense_kernel(
     columns = tl.cdiv(group_out, BLOCK_OUT)
     program = tl.program_id(0)
     group = program // columns % groups
-    pixel = program // columns // groups * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = pixel < pixels
+    tile = program // columns // groups
+    _, pixel, inside = tile_pixels(tile, span, splits, BLOCK_PIXELS, WIDE)
     first_out = group * group_out + program % columns * BLOCK_OUT
     last_out = (group + 1) * group_out
     step = tl.arange(0, BLOCK_IN)
     out = first_out + tl.arange(0, BLOCK_OUT)
     if WIDE:
-        group, pixel, out, step = group.to(tl.int64), pixel.to(tl.int64), out.to(tl.int64), step.to(tl.int64)
+        group, out, step = group.to(tl.int64), out.to(tl.int64), step.to(tl.int64)
     place = pixel % image
     h = place // out_width * STRIDE_H - PAD_TOP
     w = place % out_width * STRIDE_W - PAD_LEFT
@@ -100,7 +109,14 @@ def dense_kernel(
         total, saved, offset, pixel, inside, first_out, last_out, slope,
         DTYPE, ACTIVATION, SAVE, BLOCK_PIXELS, BLOCK_OUT, groups * group_out,
     )  # fmt: skip
-    tl.store(output + offset, y.to(DTYPE), mask=inside[:, None] & (out < last_out)[None, :])
+    valid = inside[:, None] & (out < last_out)[None, :]
+    tl.store(output + offset, y.to(DTYPE), mask=valid)
+    if partial is not None:
+        # Of the numbers as they are stored.
+        store_statistics(
+            tl.where(valid, y.to(DTYPE).to(tl.float32), 0.0), valid, partial, tile, span, splits, tiles, out,
+            groups * group_out, out < last_out, BLOCK_PIXELS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ANY_SIZE)
@@ -261,8 +277,8 @@ def _weight_arguments(weight: Tensor, unit: int) -> dict[str, int]:
 def dense(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, activation: str | None, output: Tensor, saved: Tensor | None,
-    scale: Tensor | None = None,
-) -> None:  # fmt: skip
+    scale: Tensor | None = None, statistics_groups: int | None = None,
+) -> Tensor | None:  # fmt: skip
     """``output = f(conv2d(input, weight) + bias)``.
 
     Args:
@@ -272,23 +288,35 @@ def dense(
         output: (N, O, H', W'), written.
         saved: mask (N, H', W', ceil(O / 8)) uint8, or value like ``output`` with its strides, written; or None.
         scale: of a weight in 8 bits, else None.
+        statistics_groups: of the norm behind it, 0 for a BatchNorm, or None where no statistics are needed.
+
+    Returns:
+        Mean and biased variance of ``output`` (see ``partial_statistics.merge_statistics``) if they are needed.
     """
     weight = channels_first_in_memory(weight)
     n, _, height, width = input.shape
     out_height, out_width = output.shape[2:]
-    group_channels, group_out, pixels = weight.size(1), weight.size(0) // groups, n * out_height * out_width
+    group_channels, group_out, image = weight.size(1), weight.size(0) // groups, out_height * out_width
     block_pixels, block_out, block_in, num_warps, num_stages = tile_sizes(
-        pixels, group_out, group_channels, groups, input.dtype
+        n * image, group_out, group_channels, groups, input.dtype
     )
+    if statistics_groups:  # a tile beyond its image would be computed in vain
+        block_pixels = power_of_two(image, 32, block_pixels)
+    spans = Spans.of(n, image, block_pixels, per_image=bool(statistics_groups))
+    partial = None
+    if statistics_groups is not None:
+        partial = spans.partial(output.size(1), output)
+        # With 4 warps the statistics of 128 x 16 float32 sums spill on sm_80.
+        num_warps = 8 if block_pixels >= 128 else num_warps
     in_unit = min(stride_unit(group_channels, False, input), alignment(*weight.stride()[:1], *weight.stride()[2:]))
     out_unit = stride_unit(group_out, False, output)
     start(
         Launch(
             dense_kernel,
-            (triton.cdiv(pixels, block_pixels) * groups * triton.cdiv(group_out, block_out),),
+            (spans.tiles * groups * triton.cdiv(group_out, block_out),),
             dict(
-                input=input, weight=weight, scale=scale, bias=bias, output=output, saved=saved, pixels=pixels,
-                image=out_height * out_width, out_width=out_width, height=height, width=width, groups=groups,
+                input=input, weight=weight, scale=scale, bias=bias, output=output, saved=saved, partial=partial,
+                **spans.arguments, image=image, out_width=out_width, height=height, width=width, groups=groups,
                 group_channels=group_channels // in_unit, group_out=group_out // out_unit, slope=LEAKY_SLOPE,
                 **stride_arguments("input", input, in_unit), **stride_arguments("output", output, out_unit),
                 **_weight_arguments(weight, in_unit),
@@ -303,6 +331,7 @@ def dense(
             num_warps, num_stages,
         )
     )  # fmt: skip
+    return None if partial is None else merge_statistics(partial, spans, statistics_groups)
 
 
 def _phases(input_size: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from tinytl_kernels.backends.triton import (
     frozen_inverted_residual,
     group_norm,
     group_norm_backward,
+    lite_branch,
     max_pool,
     upsample_add,
 )
@@ -24,6 +25,7 @@ OPERATORS = {
     **frozen_inverted_residual.OPERATORS,
     **group_norm.OPERATORS,
     **group_norm_backward.OPERATORS,
+    **lite_branch.OPERATORS,
     **max_pool.OPERATORS,
     **upsample_add.OPERATORS,
 }

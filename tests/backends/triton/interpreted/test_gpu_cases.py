@@ -29,7 +29,9 @@ def test_every_operator_of_the_backend_is_among_the_cases():
     assert {name for name, operator in OPERATORS.items() if operator not in seen} == LEFT_OUT
 
 
-@pytest.mark.parametrize("name", ["pointwise, NCHW", "depthwise, int8 weight", "block, 7x7, pooled", "max pooling"])
+@pytest.mark.parametrize(
+    "name", ["pointwise, NCHW", "depthwise, int8 weight", "block, 7x7, pooled", "max pooling", "lite branch"]
+)
 def test_a_case_is_right(name):
     (case,) = (case for case in cases(tiny=True) if case.name == name)
     found = difference(case, "float32", CPU, "triton")
