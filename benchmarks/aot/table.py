@@ -17,6 +17,10 @@ from benchmarks.aot.workload import DTYPES, NETWORKS, workload
 from tinytl_kernels.backends.triton.launch import Launch
 
 MOST_BYTES = 1.15
+# Kernels with a dot product, by how their names begin.
+PRODUCTS = (
+    "pointwise", "dense", "whole_block", "lite_branch_product", "lite_branch_gradient", "lite_branch_weight",
+)  # fmt: skip
 # Where float32 is compiled unless everything is: one of each maker, NVIDIA's with the least shared memory.
 FLOAT32 = ("sm_80", "gfx942")
 
@@ -88,11 +92,7 @@ def complaints(row: Row, architecture: str, compiled: Compiled) -> list[str]:
         wrong.append("too much shared memory")
     if compiled.spilled_bytes:
         wrong.append("spills")
-    if (
-        row.kernel.startswith(("pointwise", "dense", "whole_block"))
-        and row.dtype != "float32"
-        and not compiled.matrix_instructions
-    ):
+    if row.kernel.startswith(PRODUCTS) and row.dtype != "float32" and not compiled.matrix_instructions:
         wrong.append("no tensor cores")
     if row.kernel.startswith(("pointwise", "depthwise")) and row.memory > MOST_BYTES:
         wrong.append(f"over {MOST_BYTES} x floor")

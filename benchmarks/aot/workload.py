@@ -141,6 +141,27 @@ def block(channels: int, hidden: int, out_channels: int, stride: int, size: int)
     return run
 
 
+def lite_branch(channels: int, out_channels: int, stride: int, size: int) -> Run:
+    """The lite residual of a block, ``size`` of its pooled input: BatchNorms of the batch, then GroupNorms; backward
+    with the first convolution kept, and computed again."""
+
+    def run(dtype: torch.dtype) -> None:
+        pooled = image(dtype, BATCH, channels, size, size)
+        weights = [image(dtype, channels, channels // 2, 5, 5), image(dtype, out_channels, channels, 1, 1)]
+        affine = [numbers(c) for c in (channels, channels, out_channels, out_channels)]
+        for keep, groups in ((True, (0, 0)), (False, (channels // 8, out_channels // 8))):
+            options = (stride, 2, "relu", *groups, 1e-5, 1e-5)
+            output, conv, *statistics = OPERATORS["lite_branch"](
+                pooled, weights[0], *affine[:2], None, None, weights[1], *affine[2:], None, None, *options, keep
+            )
+            OPERATORS["lite_branch_backward"](
+                output, pooled, conv, *statistics, weights[0], *affine[:2], weights[1], affine[2], *options, True, True,
+                [True] * 7,
+            )  # fmt: skip
+
+    return run
+
+
 def group_norm(channels: int, size: int) -> Run:
     """A GroupNorm of 8 channels a group with its ReLU6, from the kept input and from codes in 8 bits."""
 
@@ -210,15 +231,17 @@ class Network:
 
 def _mobilenet_v2() -> Network:
     layers = mobilenet_v2()
-    blocks = [
-        block(expand.channels, expand.out_channels, project.out_channels, filtered.stride, expand.size)
+    shapes = [
+        (expand.channels, expand.out_channels, project.out_channels, filtered.stride, expand.size)
         for expand, filtered, project in zip(layers, layers[1:], layers[2:], strict=False)
         if expand.kernel == 1 and filtered.groups == filtered.channels and filtered.kernel == 3
     ]
+    blocks = [block(*shape) for shape in shapes]
+    branches = sorted({(channels, out, stride, size // 2) for channels, _, out, stride, size in shapes})
     # The widths of the hidden layers: 32 to 960 channels.
     norms = [group_norm(c, size) for c, size in sorted({(x.channels, x.size) for x in layers if x.groups > 1})]
     at_14 = [x for x in layers if x.size == 14 and x.kernel == 1 and x.channels * x.out_channels == 96 * 576]
-    return Network(layers, [*blocks, *norms, head(1280, 7)], at_14)
+    return Network(layers, [*blocks, *(lite_branch(*branch) for branch in branches), *norms, head(1280, 7)], at_14)
 
 
 def _resnet50() -> Network:

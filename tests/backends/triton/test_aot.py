@@ -13,9 +13,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.aot import machine_code
 from benchmarks.aot.machine_code import SHARED_LIMITS, compile_for
-from benchmarks.aot.table import collect, configuration
+from benchmarks.aot.table import PRODUCTS, collect, configuration
 from benchmarks.aot.traffic import traffic
-from benchmarks.aot.workload import DTYPES, Layer, Run, block, group_norm, launches, max_pool, mobilenet_v2, resnet50
+from benchmarks.aot.workload import (
+    DTYPES,
+    Layer,
+    Run,
+    block,
+    group_norm,
+    launches,
+    lite_branch,
+    max_pool,
+    mobilenet_v2,
+    resnet50,
+)
 from tinytl_kernels.backends.triton.choice import IMPLICIT_GEMM, LIBRARY
 from tinytl_kernels.backends.triton.launch import Launch, record
 
@@ -123,6 +134,18 @@ def test_accumulation_registers_of_gfx942_are_counted_once():
     metadata = ".agpr_count: 256\n.private_segment_fixed_size: 84\n.vgpr_count: 512\n"
     compiled = machine_code._read_amdgcn(metadata, 0)
     assert (compiled.registers, compiled.spilled_bytes) == (512, 84)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_the_products_of_a_lite_residual_do_not_spill_and_use_tensor_cores(architecture):
+    with record() as recorded:
+        lite_branch(32, 64, 2, 14)(torch.bfloat16)
+    products = {x.kernel.__name__: x for x in recorded if x.kernel.__name__.startswith(PRODUCTS)}
+    assert len([name for name in products if name.startswith("lite_branch")]) == 3
+    for launch in products.values():
+        compiled = compile_for(launch, architecture)
+        assert (compiled.spilled_bytes, compiled.widest_load_bits) == (0, 128), launch.kernel.__name__
+        assert compiled.matrix_instructions > 0
 
 
 def test_bytes_of_an_implicit_product():
