@@ -52,7 +52,7 @@ def saved_bytes(function: Callable[[], Tensor], exclude: Sequence[Tensor] = ()) 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history, a node that keeps its output would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = function()

@@ -110,7 +110,7 @@ def prepared(sample: Sample) -> dict[str, tuple[Run, int]]:
 
     def pack(tensor: Tensor) -> Tensor:
         saved[tensor.data_ptr()] = tensor.nbytes
-        return tensor
+        return tensor.detach()  # with its history, a node that keeps its output would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = sample.outputs(leaves)

@@ -40,7 +40,7 @@ def saved_by_hooks(model: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ours:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history, a node that keeps its output would keep itself alive
 
     target = torch.zeros(len(x), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

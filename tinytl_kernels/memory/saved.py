@@ -58,7 +58,8 @@ class SavedTensors:
         if storage is not None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._kept.append(_Kept(weakref.ref(storage), self.stack.current, dtype))
-        return tensor
+        # Without its history: a node that keeps its own output (sigmoid, softmax) would keep itself alive.
+        return tensor.detach()
 
     def by_storage(self) -> dict[int, tuple[int, str, str]]:
         """Storages alive now: address -> (bytes, layer that saved it first, dtype)."""
