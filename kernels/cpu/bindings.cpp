@@ -30,6 +30,8 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
   m.def(
       "activation_backward(Tensor grad_output, Tensor mask, str activation, float negative_slope, bool need_input, "
       "bool need_bias) -> (Tensor grad_input, Tensor grad_bias)");
+  m.def("coded_activation_forward(Tensor x, str activation, int zero, int steps) -> (Tensor out, Tensor codes)");
+  m.def("coded_activation_backward(Tensor grad_output, Tensor codes, int zero, int steps) -> Tensor");
   m.def(
       "pointwise_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int[2] stride, str activation, "
       "bool needs_mask) -> (Tensor out, Tensor mask)");
@@ -114,6 +116,8 @@ TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(activation_forward);
   TINYTL_IMPL(bias_activation_);
   TINYTL_IMPL(activation_backward);
+  TINYTL_IMPL(coded_activation_forward);
+  TINYTL_IMPL(coded_activation_backward);
   TINYTL_IMPL(pointwise_forward);
   TINYTL_IMPL(pointwise_backward);
   TINYTL_IMPL(depthwise_forward);

@@ -14,6 +14,7 @@
 // and sum of squared deviations from that mean, a channel each; those are merged (Chan, Golub, LeVeque 1979) into the
 // task's, and the tasks' and channels' into the group's in double precision, always in the same order.
 #include "operators.h"
+#include "smooth.h"
 
 #include <ATen/Parallel.h>
 
@@ -25,7 +26,7 @@ namespace {
 
 constexpr int64_t kBlockPixels = 32; // pixels whose statistics are taken in one go
 
-// f and g f' on vectors. At a kink the gradient is PyTorch's, see bitmask.h.
+// f and g f' on vectors, as in smooth.h. At a kink the gradient is PyTorch's, see bitmask.h.
 struct NoActivation {
   TINYTL_INLINE static Vec value(Vec z) {
     return z;
@@ -52,68 +53,10 @@ struct BitActivation {
   }
 };
 
-struct Hardswish {
-  TINYTL_INLINE static Vec value(Vec z) {
-    return z * at::vec::clamp(z + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f);
-  }
-  TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec ramp = g * (z / Vec(3.f) + Vec(0.5f));
-    return Vec::blendv(Vec::blendv(ramp, Vec(0.f), z <= Vec(-3.f)), g, z >= Vec(3.f));
-  }
-};
-
-struct Silu {
-  TINYTL_INLINE static Vec value(Vec z) {
-    return z / (Vec(1.f) + z.neg().exp());
-  }
-  TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec sigmoid = Vec(1.f) / (Vec(1.f) + z.neg().exp());
-    return g * sigmoid * (Vec(1.f) + z * (Vec(1.f) - sigmoid));
-  }
-};
-
-struct Gelu {
-  TINYTL_INLINE static Vec cdf(Vec z) {
-    return Vec(0.5f) * (Vec(1.f) + (z * Vec(0.70710678118654752f)).erf());
-  }
-  TINYTL_INLINE static Vec value(Vec z) {
-    return z * cdf(z);
-  }
-  TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec density = (z * z * Vec(-0.5f)).exp() * Vec(0.39894228040143268f);
-    return g * (cdf(z) + z * density);
-  }
-};
-
-struct GeluTanh {
-  static constexpr float kBeta = 0.79788456080286536f; // sqrt(2 / pi)
-  static constexpr float kCubic = 0.044715f;
-  TINYTL_INLINE static Vec inner(Vec z) {
-    return (Vec(kBeta) * (z + Vec(kCubic) * z * z * z)).tanh();
-  }
-  TINYTL_INLINE static Vec value(Vec z) {
-    return Vec(0.5f) * z * (Vec(1.f) + inner(z));
-  }
-  TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec t = inner(z);
-    const Vec slope = Vec(kBeta) * (Vec(1.f) + Vec(3.f * kCubic) * z * z);
-    return g * (Vec(0.5f) * (Vec(1.f) + t) + Vec(0.5f) * z * (Vec(1.f) - t * t) * slope);
-  }
-};
-
 template <class Body>
 void with_function(const std::string& name, Body&& body) {
-  if (name == "hardswish") {
-    return body(Hardswish());
-  }
-  if (name == "silu") {
-    return body(Silu());
-  }
-  if (name == "gelu") {
-    return body(Gelu());
-  }
-  if (name == "gelu_tanh") {
-    return body(GeluTanh());
+  if (with_smooth(name, body)) {
+    return;
   }
   switch (parse_activation(name, true)) {
     case Activation::relu:

@@ -1,7 +1,8 @@
-// The single operators. All tensors are (N, C, H, W); anything not channels_last is copied to it first, and results
-// are channels_last. A weight is in the storage type of the input, in float32, or in 8 bits with its weight_scale
-// (frozen_weight.h). Storage: float32, bfloat16, float16; arithmetic, biases and bias gradients: float32. A result that
-// was not asked for is an empty tensor. Formulas, traffic and saved state: at the head of each file.
+// The single operators. All tensors are (N, C, H, W) unless it says otherwise; anything not channels_last is copied to
+// it first, and results are channels_last. A weight is in the storage type of the input, in float32, or in 8 bits with
+// its weight_scale (frozen_weight.h). Storage: float32, bfloat16, float16; arithmetic, biases and bias gradients:
+// float32. A result that was not asked for is an empty tensor. Formulas, traffic and saved state: at the head of each
+// file.
 #pragma once
 
 #include "common.h"
@@ -24,6 +25,13 @@ std::tuple<at::Tensor, at::Tensor> activation_backward( // (grad_input, grad_bia
     double negative_slope,
     bool need_input,
     bool need_bias);
+
+// activation.cpp: dense tensors of any shape and order of dimensions; codes: uint8, like them. activation in {hardswish,
+// silu, gelu, gelu_tanh, sigmoid}.
+std::tuple<at::Tensor, at::Tensor> coded_activation_forward( // (out, codes)
+    const at::Tensor& x, const std::string& activation, int64_t zero, int64_t steps);
+at::Tensor coded_activation_backward( // grad_input
+    const at::Tensor& grad_output, const at::Tensor& codes, int64_t zero, int64_t steps);
 
 // group_norm.cpp: any activation.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward( // (out, mean, rstd)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.checks import compare_with_torch, saved_bytes
 from tests.ops.layouts import DTYPES, LAYOUTS, images
 from tinytl_kernels import ops
-from tinytl_kernels.core.activations import ACTIVATIONS, BIT_MASK
+from tinytl_kernels.core.activations import BIT_MASK, STAND_ALONE
 
 STOCK = {
     "relu": F.relu,
@@ -20,12 +20,13 @@ STOCK = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", STAND_ALONE)
 def test_values_and_gradients_are_as_exact_as_pytorchs(name, dtype, layout):
     compare_with_torch(lambda x: ops.activation(x, name), STOCK[name], [images((2, 13, 5, 7), dtype, layout)])
 
@@ -38,7 +39,7 @@ def test_any_shape(name, size):
     compare_with_torch(lambda x: ops.activation(x, name), STOCK[name], [x])
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", STAND_ALONE)
 def test_gradcheck_in_float64(name):
     x = torch.randn(2, 9, 3, 2, dtype=torch.float64).mul(3).requires_grad_()
     torch.autograd.gradcheck(lambda x: ops.activation(x, name, 0.2), (x,), fast_mode=True)
@@ -91,6 +92,11 @@ def test_smooth_activations_keep_their_input_and_no_copy(name):
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
     assert saved_bytes(lambda: ops.activation(x, name)) == x.nbytes
     assert saved_bytes(lambda: ops.activation(x, name), exclude=[x]) == 0
+
+
+def test_sigmoid_keeps_its_output_which_a_product_with_it_keeps_anyway():
+    x, features = torch.randn(2, 8, 1, 1, requires_grad=True), torch.randn(2, 8, 5, 5)
+    assert saved_bytes(lambda: features * ops.activation(x, "sigmoid"), exclude=[features]) == x.nbytes
 
 
 def test_no_mask_without_a_gradient_to_come():
@@ -151,7 +157,7 @@ def test_a_mask_of_another_shape_is_refused():
         torch.ops.tinytl.activation_backward(torch.zeros(2, 8, 4, 4), torch.zeros(2, 4, 4, 2), "relu", 0.01)
 
 
-@pytest.mark.parametrize("name", ["relu6", "gelu"])
+@pytest.mark.parametrize("name", ["relu6", "gelu", "sigmoid"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(name, layout):
     x = images((2, 9, 4, 5), layout=layout).requires_grad_()

@@ -58,6 +58,13 @@ def test_activation(layout, name):
     assert_lean(lambda: tinytl.activation_backward(x, mask, name, 0.01))
 
 
+def test_derivative_codes(layout):
+    x = image(layout)
+    assert_lean(lambda: tinytl.activation(x, "gelu", 0.01, True, True))
+    codes = tinytl.activation(x, "gelu", 0.01, True, True)[1]
+    assert_lean(lambda: tinytl.activation_backward(x, codes, "gelu", 0.01))
+
+
 @pytest.mark.parametrize("weight_size", [(32, 32, 1, 1), (32, 1, 3, 3), (32, 32, 3, 3)], ids=str)
 def test_frozen_conv(layout, weight_size):
     x, weight = image(layout), torch.randn(weight_size)

@@ -7,17 +7,24 @@ BIT_MASK = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 # The value before the activation: the derivative depends on it smoothly (or, hardswish, linearly in between).
 FULL_VALUE = ("hardswish", "silu", "gelu", "gelu_tanh")
 
+# What a convolution or a norm can take over.
 ACTIVATIONS = BIT_MASK + FULL_VALUE
+
+# The value behind the activation, as in PyTorch: mostly a gate, and the product that it goes to keeps that very tensor.
+FULL_RESULT = ("sigmoid",)
+
+# What the stand-alone operator computes.
+STAND_ALONE = ACTIVATIONS + FULL_RESULT
 
 # torch.nn.LeakyReLU's default; a fused LeakyReLU has this one, the stand-alone operator any.
 LEAKY_SLOPE = 0.01
 
 
-def check_activation(name: str | None, argument: str = "activation") -> None:
-    """Raise ``ValueError`` unless ``name`` is None or a known activation."""
-    if name is not None and name not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{argument}: expected None or one of {known}, got {name!r}")
+def check_activation(name: str | None, argument: str = "activation", known: tuple[str, ...] = ACTIVATIONS) -> None:
+    """Raise ``ValueError`` unless ``name`` is None or one of the ``known`` activations."""
+    if name is not None and name not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"{argument}: expected None or one of {names}, got {name!r}")
 
 
 def mask_size(size) -> tuple[int, ...]:

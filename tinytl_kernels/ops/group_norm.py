@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import check_activation
+from tinytl_kernels.core.derivative_code import check_code_bits
 from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.library import define_operator, gradient_needed
@@ -59,8 +60,7 @@ def group_norm_activation(
         >>> ops.group_norm_activation(torch.randn(2, 16, 7, 7), 2, activation="relu6").shape
         torch.Size([2, 16, 7, 7])
     """
-    if code_bits not in (None, 8):
-        raise ValueError(f"code_bits: expected None or 8, got {code_bits!r}")
+    check_code_bits(code_bits)
     needs_codes = code_bits is not None and gradient_needed(input, weight, bias)
     return _group_norm_activation(input, weight, bias, num_groups, eps, activation, needs_codes)[0]
 

@@ -29,6 +29,7 @@ from benchmarks.aot.workload import (
 )
 from tinytl_kernels.backends.triton.choice import IMPLICIT_GEMM, LIBRARY
 from tinytl_kernels.backends.triton.launch import Launch, record
+from tinytl_kernels.backends.triton.operators import OPERATORS
 
 EXPAND = Layer(24, 144, 1, 1, 1, 56, "relu6")
 FILTER = Layer(144, 144, 3, 1, 144, 56, "relu6")
@@ -83,6 +84,18 @@ def test_group_norm_does_not_spill_and_loads_16_bytes():
     backward = next(x for x in recorded if x.kernel.__name__ == "group_norm_backward_kernel")
     compiled = compile_for(backward, "sm_80")
     assert (compiled.spilled_bytes, compiled.widest_load_bits) == (0, 128)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
+def test_derivative_codes_do_not_spill_and_load_16_bytes(architecture):
+    with record() as recorded:
+        x = torch.empty(8, 96, 56, 56, dtype=torch.bfloat16, device="meta")
+        _, codes = OPERATORS["activation"](x, "gelu", 0.01, True, True)
+        OPERATORS["activation_backward"](x, codes, "gelu", 0.01)
+    assert [launch.kernel.__name__ for launch in recorded] == ["encode_kernel", "decode_kernel"]
+    for launch in recorded:
+        compiled = compile_for(launch, architecture)
+        assert (compiled.spilled_bytes, compiled.widest_load_bits) == (0, 128)
 
 
 @pytest.mark.parametrize("sizes", [(24, 144, 24, 1, 56), (16, 96, 24, 2, 112)], ids=str)

@@ -1,4 +1,7 @@
-"""Stand-alone activations of the ReLU family: ``activation.cpp``. Smooth ones are ATen's, as in the reference."""
+"""Stand-alone activations of the ReLU family, and smooth ones with their derivative in 8 bits: ``activation.cpp``.
+
+Other smooth ones are ATen's, as in the reference.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,16 @@ from torch import Tensor
 from tinytl_kernels.backends.cpu.layout import channels_last, in_layout
 from tinytl_kernels.backends.reference import activation as reference
 from tinytl_kernels.core.activations import BIT_MASK
+from tinytl_kernels.core.derivative_code import DERIVATIVE_CODES
 from tinytl_kernels.core.layout import memory_format
 
 
-def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool) -> tuple[Tensor, Tensor]:
+def activation(
+    input: Tensor, name: str, negative_slope: float, needs_mask: bool, needs_codes: bool = False
+) -> tuple[Tensor, Tensor]:
+    if needs_codes:
+        code = DERIVATIVE_CODES[name]
+        return torch.ops.tinytl_cpu.coded_activation_forward(_dense(input), name, code.zero, code.steps)
     if name not in BIT_MASK or _is_trivial(input):
         return reference.activation(input, name, negative_slope, needs_mask)
     output, mask = torch.ops.tinytl_cpu.activation_forward(
@@ -23,6 +32,12 @@ def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool
 
 
 def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_slope: float) -> Tensor:
+    if name not in BIT_MASK and saved.dtype == torch.uint8:
+        code = DERIVATIVE_CODES[name]
+        grad_output = _dense(grad_output)
+        return torch.ops.tinytl_cpu.coded_activation_backward(
+            grad_output, _with_strides_of(grad_output, saved), code.zero, code.steps
+        )
     if name not in BIT_MASK or _is_trivial(grad_output):
         return reference.activation_gradient(grad_output, saved, name, negative_slope)
     images = _as_images(grad_output)
@@ -39,6 +54,17 @@ def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_
 def _is_trivial(tensor: Tensor) -> bool:
     """A single number or none: shapes that have no rows of channels."""
     return tensor.dim() == 0 or tensor.numel() == 0
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor`` in the strides of ``torch.empty_like(tensor)``: itself if it is dense, in whatever order."""
+    return _with_strides_of(torch.empty_like(tensor, device="meta"), tensor)
+
+
+def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
 def _as_images(tensor: Tensor) -> Tensor:

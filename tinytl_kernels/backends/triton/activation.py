@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinytl_kernels.backends.reference import activation as reference
+from tinytl_kernels.backends.triton.derivative_code import activate_and_encode, decode_gradient
 from tinytl_kernels.backends.triton.epilogue import load_gradient, save_and_activate, saved_kind, sum_over_pixels
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
@@ -24,7 +25,7 @@ from tinytl_kernels.backends.triton.launch import (
     stride_unit,
 )
 from tinytl_kernels.backends.triton.pixels import ANY_SIZE, pixel_arguments, pixel_tile, tile_sizes
-from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE, mask_size
+from tinytl_kernels.core.activations import BIT_MASK, FULL_RESULT, LEAKY_SLOPE, mask_size
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -171,8 +172,12 @@ def as_image(tensor: Tensor) -> Tensor | None:
 
 
 @on_device
-def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool) -> tuple[Tensor, Tensor]:
-    image = as_image(input) if input.numel() else None
+def activation(
+    input: Tensor, name: str, negative_slope: float, needs_mask: bool, needs_codes: bool = False
+) -> tuple[Tensor, Tensor]:
+    if needs_codes:
+        return activate_and_encode(input, name)
+    image = as_image(input) if input.numel() and name not in FULL_RESULT else None
     if image is None:
         return reference.activation(input, name, negative_slope, needs_mask)
     output = torch.empty_like(input)
@@ -184,8 +189,10 @@ def activation(input: Tensor, name: str, negative_slope: float, needs_mask: bool
 
 @on_device
 def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_slope: float) -> Tensor:
+    if name not in BIT_MASK and saved.dtype == torch.uint8:
+        return decode_gradient(grad_output, saved, name)
     image = value = None
-    if grad_output.numel():
+    if grad_output.numel() and name not in FULL_RESULT:
         image, value = as_image(grad_output), saved if name in BIT_MASK else as_image(saved)
     if image is None or value is None:
         return reference.activation_gradient(grad_output, saved, name, negative_slope)

@@ -43,6 +43,8 @@ def activate(x, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
     return x
 
 
@@ -83,6 +85,9 @@ def gradient_by_value(grad, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         grad = grad * (0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density)
+    elif ACTIVATION == "sigmoid":
+        s = tl.sigmoid(x)
+        grad = grad * s * (1 - s)
     else:
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         grad = grad * (s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x))
