@@ -13,7 +13,8 @@ from tests.checks import compare_with_torch, saved_bytes
 
 MODULES = [
     ("ReLU", {}), ("ReLU", dict(inplace=True)), ("ReLU6", {}), ("LeakyReLU", dict(negative_slope=0.2)),
-    ("Hardswish", {}), ("SiLU", {}), ("GELU", {}), ("GELU", dict(approximate="tanh")),
+    ("Hardswish", {}), ("SiLU", {}), ("SiLU", dict(inplace=True)), ("Sigmoid", {}), ("GELU", {}),
+    ("GELU", dict(approximate="tanh")),
     ("AvgPool2d", dict(kernel_size=2)), ("AvgPool2d", dict(kernel_size=3, stride=2, padding=1, ceil_mode=True)),
     ("AdaptiveAvgPool2d", dict(output_size=1)), ("AdaptiveAvgPool2d", dict(output_size=(3, None))),
     ("MaxPool2d", dict(kernel_size=3, stride=2, padding=1)), ("MaxPool2d", dict(kernel_size=(2, 3), dilation=2)),
@@ -41,6 +42,34 @@ def test_hardsigmoid_is_its_namesake():
 def test_relu_family_keeps_one_bit_an_element(name):
     x = torch.randn(2, 16, 5, 5, requires_grad=True)
     assert saved_bytes(lambda: getattr(tnn, name)()(x)) == 2 * 5 * 5 * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (tnn.SiLU(code_bits=8), "SiLU(code_bits=8)"),
+        (tnn.Hardswish(inplace=True, code_bits=8), "Hardswish(code_bits=8)"),
+        (tnn.GELU("tanh", code_bits=8), "GELU(approximate='tanh', code_bits=8)"),
+        (tnn.Sigmoid(code_bits=8), "Sigmoid(code_bits=8)"),
+    ],
+    ids=str,
+)
+def test_smooth_activations_keep_a_byte_an_element_if_asked(module, text):
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    assert repr(module) == text
+    assert saved_bytes(lambda: module(x)) == x.numel()
+    module.code_bits = None
+    assert saved_bytes(lambda: module(x)) == x.nbytes
+
+
+def test_an_activation_with_codes_is_not_fused_where_it_would_keep_the_value():
+    with pytest.raises(ValueError, match="cannot be fused"):
+        tnn.FrozenConvBias.from_conv(nn.Conv2d(3, 4, 3), activation=tnn.SiLU(code_bits=8))
+
+
+def test_smooth_activations_refuse_other_numbers_of_bits():
+    with pytest.raises(ValueError, match="code_bits: expected None"):
+        tnn.SiLU(code_bits=4)
 
 
 def test_inplace_leaves_the_input_as_it_was():

@@ -208,6 +208,7 @@ _BUILDERS = {
     tnn.Hardswish: lambda m: nn.Hardswish(m.inplace),
     tnn.SiLU: lambda m: nn.SiLU(m.inplace),
     tnn.GELU: lambda m: nn.GELU(m.approximate),
+    tnn.Sigmoid: lambda m: nn.Sigmoid(),
     tnn.AvgPool2d: lambda m: nn.AvgPool2d(
         m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
     ),

@@ -7,6 +7,7 @@ from tinytl_kernels.nn.activation import (
     LeakyReLU,
     ReLU,
     ReLU6,
+    Sigmoid,
     SiLU,
     activation_name,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ReLU6",
     "Recomputed",
     "SiLU",
+    "Sigmoid",
     "activation_name",
     "recompute",
     "stop_recomputing",

@@ -1,7 +1,9 @@
-"""Stand-alone activations. The ReLU family keeps one bit an element; the smooth ones their input, as in PyTorch.
+"""Stand-alone activations. The ReLU family keeps one bit an element; the smooth ones a full value, as in PyTorch.
 
 Each subclasses its ``torch.nn`` namesake: same arguments, same representation, ``isinstance`` still holds. ``inplace``
-is accepted and has no effect: the result is a new tensor and the input stays as it was.
+is accepted and has no effect: the result is a new tensor and the input stays as it was. With ``code_bits=8`` the smooth
+ones keep their derivative, one byte an element, and gradients are no longer exact; by how much is told by
+:func:`tinytl_kernels.ops.activation`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tinytl_kernels.core.activations import LEAKY_SLOPE
+from tinytl_kernels.core.derivative_code import check_code_bits
 from tinytl_kernels.ops import activation
 
 
@@ -46,25 +49,94 @@ class Hardsigmoid(nn.Hardsigmoid):
         return activation(input, "hardsigmoid")
 
 
-class Hardswish(nn.Hardswish):
-    """``x * relu6(x + 3) / 6``; keeps its input."""
+class _Smooth(nn.Module):
+    """What the smooth activations share.
+
+    Attributes:
+        function: what :func:`tinytl_kernels.ops.activation` calls it.
+        code_bits: None, or 8 to keep the derivative in one byte an element; may be changed any time.
+    """
+
+    function: str
+    code_bits: int | None = None
+
+    def __init__(self, *args, code_bits: int | None = None) -> None:
+        super().__init__(*args)
+        check_code_bits(code_bits)
+        self.code_bits = code_bits
 
     def forward(self, input: Tensor) -> Tensor:
-        return activation(input, "hardswish")
+        return activation(input, self.function, code_bits=self.code_bits)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.code_bits is None else f"{text}, code_bits={self.code_bits}".removeprefix(", ")
 
 
-class SiLU(nn.SiLU):
-    """``x * sigmoid(x)``; keeps its input."""
+class Hardswish(_Smooth, nn.Hardswish):
+    """``x * relu6(x + 3) / 6``; keeps its input, or with ``code_bits=8`` one byte an element.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return activation(input, "silu")
+    Args:
+        inplace: as ``nn.Hardswish``; without effect.
+        code_bits: None, or 8: gradients are off by at most 0.0040 of grad_output.
+    """
+
+    function = "hardswish"
+
+    def __init__(self, inplace: bool = False, *, code_bits: int | None = None) -> None:
+        super().__init__(inplace, code_bits=code_bits)
 
 
-class GELU(nn.GELU):
-    """``x * Phi(x)``, exact or with the tanh approximation; keeps its input."""
+class SiLU(_Smooth, nn.SiLU):
+    """``x * sigmoid(x)``; keeps its input, or with ``code_bits=8`` one byte an element.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return activation(input, "gelu_tanh" if self.approximate == "tanh" else "gelu")
+    Args:
+        inplace: as ``nn.SiLU``; without effect.
+        code_bits: None, or 8: gradients are off by at most 0.0024 of grad_output.
+
+    Example:
+        >>> import torch, tinytl_kernels.nn as tnn
+        >>> x = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)
+        >>> tnn.SiLU(code_bits=8)(x).sum().backward()
+        >>> x.grad
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    function = "silu"
+
+    def __init__(self, inplace: bool = False, *, code_bits: int | None = None) -> None:
+        super().__init__(inplace, code_bits=code_bits)
+
+
+class GELU(_Smooth, nn.GELU):
+    """``x * Phi(x)``, or its tanh approximation; keeps its input, or with ``code_bits=8`` one byte an element.
+
+    Args:
+        approximate: as ``nn.GELU``.
+        code_bits: None, or 8: gradients are off by at most 0.0025 of grad_output.
+    """
+
+    def __init__(self, approximate: str = "none", *, code_bits: int | None = None) -> None:
+        super().__init__(approximate, code_bits=code_bits)
+
+    @property
+    def function(self) -> str:
+        return "gelu_tanh" if self.approximate == "tanh" else "gelu"
+
+
+class Sigmoid(_Smooth, nn.Sigmoid):
+    """``1 / (1 + exp(-x))``; keeps its output, or with ``code_bits=8`` one byte an element.
+
+    A product with the output (squeeze-and-excite) keeps the output anyway: then the byte comes on top.
+
+    Args:
+        code_bits: None, or 8: gradients are off by at most 0.0005 of grad_output.
+    """
+
+    function = "sigmoid"
+
+    def __init__(self, *, code_bits: int | None = None) -> None:
+        super().__init__(code_bits=code_bits)
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -76,6 +148,8 @@ def activation_name(module: nn.Module) -> str | None:
     """
     # Exact types first: a user's subclass may compute something else.
     kind = type(module)
+    if getattr(module, "code_bits", None) is not None:
+        return None  # fused, it would keep the full value
     if kind in (nn.Hardtanh,):
         return "relu6" if (module.min_val, module.max_val) == (0.0, 6.0) else None
     if kind in (nn.LeakyReLU, LeakyReLU):
