@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinytl_kernels.core.derivative_code import check_code_bits
 from tinytl_kernels.core.quantization import check_code
 from tinytl_kernels.nn import FrozenConvBias, LiteResidualBlock
 
 from .chains import Links
+from .codes import keep_codes
 from .example import Capture, accelerators, deviation, example_for, run_example
 from .fuse import fuse_blocks
 from .head import find_head, new_head, outputs_of, set_num_classes
@@ -43,7 +45,8 @@ def convert(
     blocks: Sequence[str] | None = None,
     weight_bits: int = 32,
     weight_code: str = "int8",
-    recompute: bool = True,
+    recompute: bool | None = None,
+    code_bits: int | None = None,
 ) -> nn.Module:
     """Make a model ready for memory-efficient fine-tuning, unmodified source, by swapping its layers.
 
@@ -82,6 +85,13 @@ def convert(
         recompute: Blocks in which GroupNorm, smooth activations or squeeze-and-excite keep full values keep their
             narrow input instead and are computed again in backward, a few images at a time
             (:func:`tinytl_kernels.nn.recompute`). Gradients stay exact; False saves the arithmetic of a second forward.
+            None: True, unless there are ``code_bits``.
+        code_bits: 8 lets GroupNorms and smooth activations (modules, not functions) keep one byte an element for
+            backward in place of 2 or 4. Gradients are then not exact: the report tells who keeps codes and how far
+            each is off (:func:`tinytl_kernels.ops.activation`, :func:`tinytl_kernels.ops.group_norm_activation`); on
+            the way down the layers that adds up. It is the way to keep less without a second forward, and keeps more
+            than ``recompute``; with ``recompute=True`` there are codes where nothing is recomputed. None: exact
+            gradients.
 
     Returns:
         The converted model, in ``channels_last``, on the same device, in the same dtype and mode. Frozen parameters
@@ -104,6 +114,9 @@ def convert(
     """
     _check(model, method, num_classes, lite_resolution, blocks)
     _check_weight_bits(method, weight_bits, weight_code)
+    check_code_bits(code_bits)
+    if code_bits is not None and method == "full":
+        raise ValueError("code_bits: expected None with method 'full', where every module stays stock")
     if not inplace:
         model = copy.deepcopy(model)
     report = ConversionReport(base_name(model), method)
@@ -124,7 +137,7 @@ def convert(
         if method != "full":
             # Making layers draws numbers that are thrown away: random state is spent on branches and a new head alone.
             with torch.random.fork_rng(devices=accelerators(model)):
-                _make_lean(model, method, flow, stock, links, head, places, report)
+                codable = _make_lean(model, method, flow, stock, links, head, places, report, code_bits)
             fuse_blocks(model, report, [block.path for block in places])
             _compare(model, example_input, stock, report)
             like = next(model.parameters(), torch.empty(0)).new_empty(0)  # before any of them is in 8 bits
@@ -143,8 +156,10 @@ def convert(
         else:
             report.warnings.append("method 'full': every module stays stock, nothing was made lean")
             report.deviation = None if stock.output is None else 0.0
-    if recompute and method != "full":
+    if (code_bits is None if recompute is None else recompute) and method != "full":
         recompute_blocks(model, may_recompute, example_input, report)
+    if code_bits is not None:
+        keep_codes(model, codable, code_bits, report)
     head = _renew_head(model, head, num_classes, stock, report)
     report.trained = set_trained(model, method, head)
     report.trained_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -248,7 +263,9 @@ def _make_lean(
     head: nn.Module | None,
     places: list[Block],
     report: ConversionReport,
-) -> None:
+    code_bits: int | None,
+) -> list[nn.Module]:
+    """Swap the layers; returns those that can keep 8-bit codes."""
     fold = method != "norm+last"
     untrained = untrained_statistics(model) if fold else []
     if untrained:
@@ -262,7 +279,7 @@ def _make_lean(
     links.unmerged = {block.module for block in places}
     apart = _Boundary([block.path for block in places], names)
     owners = owners_of_functions([graph for region in flow.regions for graph in region.graphs.values()])
-    surgery = Surgery(model, links, report, head, apart)
+    surgery = Surgery(model, links, report, head, apart, code_bits)
     surgery.swap_layers(fold=fold)
     stock_of = {twin: old for old, twin in surgery.twins.items()}
     for owner in owners:
@@ -281,6 +298,7 @@ def _make_lean(
     order = {name: i for i, name in enumerate(names.values())}
     for notes in (report.done, report.kept):
         notes.sort(key=lambda note: order[note.path])
+    return surgery.codable
 
 
 class _Boundary:

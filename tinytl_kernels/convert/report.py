@@ -66,6 +66,7 @@ class ConversionReport:
             input, relative to the largest output; None if the model could not be run. Of weights in 8 bits,
             :attr:`Quantization.deviation` tells.
         quantization: What ``weight_bits=8`` did, else None.
+        coded: How many layers keep 8-bit codes (``code_bits=8``) instead of what exact gradients need.
     """
 
     model: str
@@ -80,6 +81,7 @@ class ConversionReport:
     frozen_elements: int = 0
     deviation: float | None = None
     quantization: Quantization | None = None
+    coded: int = 0
 
     def __str__(self) -> str:
         total = self.trained_elements + self.frozen_elements
@@ -95,6 +97,8 @@ class ConversionReport:
             lines.append(f"outputs: as the stock model's in evaluation mode, relative difference {self.deviation:.1e}")
         if self.quantization is not None:
             lines += _quantization_lines(self.quantization, self.frozen_elements)
+        if self.coded:
+            lines.append(f"8-bit codes for backward: kept by {self.coded} layers, so gradients are not exact")
         for title, notes in (
             ("swapped", self.done),
             ("lite residuals", self.branches),

@@ -36,6 +36,10 @@ class Surgery:
         report: Written as things are done.
         head: The classifier, which stays stock.
         keep_apart: ``keep_apart(conv, activation)``: whether the activation must not go into the convolution.
+        code_bits: 8 makes smooth activations stand alone: :attr:`codable`.
+
+    Attributes:
+        codable: Modules put in place that can keep 8-bit codes; they are exact until told otherwise.
     """
 
     def __init__(
@@ -45,12 +49,15 @@ class Surgery:
         report: ConversionReport,
         head: nn.Module | None,
         keep_apart: Callable[[nn.Module, nn.Module | None], bool],
+        code_bits: int | None = None,
     ) -> None:
         self.model = model
         self.links = links
         self.report = report
         self.head = head
         self.keep_apart = keep_apart
+        self.code_bits = code_bits
+        self.codable: list[nn.Module] = []
         self.names = {module: name for name, module in model.named_modules()}
         self.twins: dict[nn.Module, nn.Module] = {}
         self._kept: set[nn.Module] = set()
@@ -125,12 +132,17 @@ class Surgery:
         inside = [] if facts is None else facts.tail
         candidate = inside[0] if len(inside) == 1 else behind if not inside else None
         plain = None if candidate is None else plain_activation(candidate)
-        if plain is None or activation_name(plain) is None or self.keep_apart(conv, candidate):
+        name = None if plain is None else activation_name(plain)
+        if name is None or self._to_be_coded(name) or self.keep_apart(conv, candidate):
             candidate = None
         if not inside or candidate is inside[0]:
             return candidate, None
         modules = [self._lean_activation(module) or module for module in inside]
         return candidate, modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+    def _to_be_coded(self, name: str) -> bool:
+        """Whether an activation may get 8-bit codes, so that it stands alone: fused, it would keep the full value."""
+        return self.code_bits is not None and name in FULL_VALUE
 
     def _swap_norm(self, norm: nn.Module) -> None:
         facts = self.links.out_of_reach(norm) or self._facts(norm)
@@ -160,7 +172,9 @@ class Surgery:
         behind = self.links.after(norm)
         plain = None if behind is None or behind in self.twins else plain_activation(behind)
         name = None if plain is None or self.keep_apart(norm, behind) else activation_name(plain)
-        self.place(norm, tnn.GroupNorm.from_norm(norm, name))
+        twin = tnn.GroupNorm.from_norm(norm, name)
+        self.codable.append(twin)
+        self.place(norm, twin)
         if name is not None:
             self.place(behind, self._identity(behind))
         self._done(norm, "keeps its input" + (f", {type(behind).__name__} fused and keeps nothing" if name else ""))
@@ -175,7 +189,8 @@ class Surgery:
             self._keep(module, reason or "keeps a full value: its derivative is smooth")
             return
         self.place(module, lean)
-        self._done(module, "one bit an element")
+        if lean not in self.codable:  # what those keep is told once it is decided
+            self._done(module, "one bit an element")
 
     def _lean_activation(self, module: nn.Module) -> nn.Module | None:
         plain = plain_activation(module)
@@ -186,6 +201,10 @@ class Surgery:
             nn.ReLU6: tnn.ReLU6,
             nn.Hardsigmoid: tnn.Hardsigmoid,
         }.get(type(plain))
+        if self.code_bits is not None and type(plain) in (nn.Hardswish, nn.SiLU, nn.GELU):
+            option = plain.approximate if type(plain) is nn.GELU else plain.inplace
+            self.codable.append(getattr(tnn, type(plain).__name__)(option).train(module.training))
+            return self.codable[-1]
         if type(plain) is nn.LeakyReLU and plain.negative_slope >= 0:
             return tnn.LeakyReLU(plain.negative_slope).train(module.training)
         return None if lean is None else lean().train(module.training)
