@@ -1,4 +1,4 @@
-"""Test bodies that need ``torch.distributed`` run in a process of their own, a group of one.
+"""Test bodies that need ``torch.distributed`` run in processes of their own: a group of one, or of several.
 
 Gloo's threads and the teardown of a group can deadlock with a long test session's other threads (seen once: the whole
 session hung, beyond the reach of any Python timeout). A child can be killed, and leaves without a teardown.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +20,14 @@ import faulthandler, os, sys, traceback
 faulthandler.dump_traceback_later({_SECONDS}, exit=True)
 import torch, torch.distributed
 torch.manual_seed(20260101)
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+module, body, file, rank, size = sys.argv[1:]
+size = int(size)
+store = torch.distributed.HashStore() if size == 1 else torch.distributed.FileStore(file, size)
+torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=size)
 try:
-    getattr(__import__(sys.argv[1], fromlist=["_"]), sys.argv[2])()
+    getattr(__import__(module, fromlist=["_"]), body)()
+    if size > 1:
+        torch.distributed.barrier()  # who leaves first takes its connections along
 except BaseException:
     traceback.print_exc()
     status = 1
@@ -32,8 +38,23 @@ os._exit(status)
 """
 
 
-def run_in_process_group(body: Callable[[], None]) -> None:
-    """Call a test module's function in a child process that has an initialised group; what it raises is raised."""
-    command = [sys.executable, "-c", _CHILD, body.__module__, body.__name__]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS + 20)
-    assert child.returncode == 0, f"{body.__name__} in a process group:\n{child.stderr}"
+def run_in_process_group(body: Callable[[], None], processes: int = 1) -> None:
+    """Call a test module's function in child processes that have an initialised group; what it raises is raised.
+
+    Args:
+        body: found in the children by the name of its module and its own.
+        processes: size of the group. All are given the same seed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _CHILD, body.__module__, body.__name__, f"{folder}/store"]
+        children = [
+            subprocess.Popen([*command, str(rank), str(processes)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for rank in range(processes)
+        ]
+        try:
+            errors = [child.communicate(timeout=_SECONDS + 20)[1] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+    for rank, (child, text) in enumerate(zip(children, errors, strict=True)):
+        assert child.returncode == 0, f"{body.__name__} in process {rank} of {processes}:\n{text}"

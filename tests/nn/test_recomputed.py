@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from tests.checks import assert_as_exact_as_torch, saved_bytes
+from tests.process_group import run_in_process_group
 from tinytl_kernels import FrozenConvBias
 from tinytl_kernels import nn as tnn
+from tinytl_kernels.nn import recomputed
 from tinytl_kernels.nn.recomputed import Recomputed, recompute, stop_recomputing
 
 
@@ -197,6 +199,54 @@ def test_what_was_drawn_is_drawn_again(lean, at_a_time):
     # The block is linear in x, with the factors it drew: <y, g> = <x, dx>.
     torch.testing.assert_close((y * g).sum(), (x * x.grad).sum())
     assert (y == 0).any()
+
+
+def in_distributed_data_parallel():
+    """Every process takes its share of the images: the averaged gradients are those of one process with all of them."""
+    recomputed.CHUNK_BYTES = {"cpu": 1}  # one image at a time: the reducer takes each gradient once and no sooner
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), *(Block() for _ in range(3)))
+    x, g = torch.randn(4 * size, 3, 9, 7), torch.randn(4 * size, 6, 7, 5)
+    exact = gradients(copy.deepcopy(plain).double(), x.double(), g)
+    theirs = gradients(plain, x, g)
+    for options in ({}, dict(gradient_as_bucket_view=True), dict(static_graph=True)):
+        mine = copy.deepcopy(plain)
+        for i, block in enumerate(mine[1:]):
+            recompute(block, keep_input=i == 0)  # one segment
+        model = nn.parallel.DistributedDataParallel(mine, bucket_cap_mb=1e-4, **options)  # a bucket or two a layer
+        for repetition in range(2):
+            mine.zero_grad()
+            model(x[4 * rank : 4 * rank + 4]).backward(g[4 * rank : 4 * rank + 4])
+            for name, parameter in mine.named_parameters():
+                if name in exact:
+                    averaged = parameter.grad * size
+                    assert_as_exact_as_torch(f"{options}, {repetition}: {name}", averaged, theirs[name], exact[name])
+
+
+def test_distributed_data_parallel_averages_the_gradients():
+    run_in_process_group(in_distributed_data_parallel, processes=2)
+
+
+def accumulating_in_distributed_data_parallel():
+    """Two halves of the batch, the first of which stays in its process."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plain = Block()
+    x, g = torch.randn(2 * size, 2, 6, 9, 7), torch.randn(2 * size, 2, 6, 9, 7)
+    exact = gradients(copy.deepcopy(plain).double(), x.flatten(0, 1).double(), g.flatten(0, 1))
+    theirs = gradients(plain, x.flatten(0, 1), g.flatten(0, 1))
+    mine = recompute(copy.deepcopy(plain))
+    model = nn.parallel.DistributedDataParallel(mine)
+    mine.zero_grad()
+    with model.no_sync():
+        model(x[2 * rank]).backward(g[2 * rank])
+    model(x[2 * rank + 1]).backward(g[2 * rank + 1])
+    for name, parameter in mine.named_parameters():
+        if name in exact:
+            assert_as_exact_as_torch(name, parameter.grad * size, theirs[name], exact[name])
+
+
+def test_distributed_data_parallel_accumulates():
+    run_in_process_group(accumulating_in_distributed_data_parallel, processes=2)
 
 
 def test_drop_path_of_the_whole_batch_is_not_cut():
