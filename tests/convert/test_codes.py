@@ -76,6 +76,7 @@ def test_the_report_names_who_keeps_codes_and_the_error(stock):
     assert f"8-bit codes for backward: kept by {len(notes)} layers, so gradients are not exact" in str(report)
     expected = "1 to 5 % off" if isinstance(stock, GroupNormNet) else "off by at most 0.00"
     assert all(expected in text for text in notes.values())
+    assert not {note.path for note in report.kept} & set(notes)
 
 
 def test_exact_is_the_default(stock):
@@ -103,6 +104,44 @@ def test_goes_back_to_torch_and_through_pickle(stock):
 def test_names_stay_those_of_the_exact_conversion(stock):
     exact, coded = (convert(stock, "bias", example_input=X[:1], code_bits=bits) for bits in (None, 8))
     assert list(coded.state_dict()) == list(exact.state_dict())
+
+
+class Functions(nn.Module):
+    """One function right behind a convolution, one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = nn.functional.silu(self.first(x))
+        return self.classifier(nn.functional.gelu(x + self.second(x)).mean((2, 3)))
+
+
+def test_a_function_behind_a_convolution_is_coded_and_others_are_reported():
+    model = convert(Functions(), "bias", example_input=X[:1], code_bits=8)
+    assert coded_modules(model) == ["first"]
+    assert repr(model.first).endswith("activation=silu, code_bits=8)")
+    text = str(conversion_report(model))
+    assert "keeps the derivative of silu in 8 bits: off by at most 0.0024" in text
+    assert "gelu keeps a full value" in text
+
+
+def test_an_activation_that_stands_alone_is_coded():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.GELU("tanh"), nn.Flatten(), nn.Linear(72, 2)
+    )
+    lean = convert(model, "bias", example_input=torch.randn(1, 3, 8, 8), code_bits=8)
+    assert coded_modules(lean) == ["3"]
+    assert repr(lean[3]) == "GELU(approximate='tanh', code_bits=8)"
+
+
+def test_lite_residuals_stay_exact():
+    model = convert(randomised(GroupNormNet()), "lite_residual+bias", example_input=X[:1], code_bits=8)
+    branches = [name for name, module in model.named_modules() if isinstance(module, tnn.LiteResidual)]
+    assert branches
+    assert not [name for name in coded_modules(model) for branch in branches if name.startswith(f"{branch}.")]
 
 
 def test_an_inplace_activation_that_others_rely_on_is_left_alone():

@@ -370,3 +370,27 @@ def test_a_second_derivative_through_a_smooth_activation_is_refused():
     x = torch.randn(1, 8, 6, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+def test_codes_of_a_smooth_activation_are_a_byte_an_element():
+    layer = FrozenConvBias(3, 8, 3, padding=1, activation="silu", code_bits=8)
+    x = torch.randn(2, 3, 6, 5, requires_grad=True)
+    assert repr(layer).endswith("activation=silu, code_bits=8)")
+    assert saved_bytes(lambda: layer(x), exclude=list(layer.parameters())) == 2 * 8 * 6 * 5
+    coded = torch.autograd.grad(layer(x).sum(), [x, layer.bias])
+    layer.code_bits = None
+    assert saved_bytes(lambda: layer(x), exclude=list(layer.parameters())) == 2 * 8 * 6 * 5 * 4
+    for name, a, b in zip(("input", "bias"), coded, torch.autograd.grad(layer(x).sum(), [x, layer.bias]), strict=True):
+        assert 0 < ((a - b).norm() / b.norm()).item() < 0.01, name
+
+
+def test_codes_do_not_change_what_an_activation_of_bits_keeps():
+    layer = FrozenConvBias(3, 8, 3, activation="relu", code_bits=8)
+    x = torch.randn(2, 3, 6, 5, requires_grad=True)
+    assert saved_bytes(lambda: layer(x), exclude=list(layer.parameters())) == 2 * 4 * 3
+    assert FrozenConvBias.from_conv(layer).code_bits == 8
+
+
+def test_other_numbers_of_bits_are_refused():
+    with pytest.raises(ValueError, match="code_bits: expected None"):
+        FrozenConvBias(3, 8, 3, activation="silu", code_bits=4)

@@ -86,12 +86,12 @@ def convert(
             narrow input instead and are computed again in backward, a few images at a time
             (:func:`tinytl_kernels.nn.recompute`). Gradients stay exact; False saves the arithmetic of a second forward.
             None: True, unless there are ``code_bits``.
-        code_bits: 8 lets GroupNorms and smooth activations (modules, not functions) keep one byte an element for
-            backward in place of 2 or 4. Gradients are then not exact: the report tells who keeps codes and how far
-            each is off (:func:`tinytl_kernels.ops.activation`, :func:`tinytl_kernels.ops.group_norm_activation`); on
-            the way down the layers that adds up. It is the way to keep less without a second forward, and keeps more
-            than ``recompute``; with ``recompute=True`` there are codes where nothing is recomputed. None: exact
-            gradients.
+        code_bits: 8 lets GroupNorms and smooth activations (modules, and functions right behind a convolution) keep
+            one byte an element for backward in place of 2 or 4. Gradients are then not exact: the report tells who
+            keeps codes and how far each is off (:func:`tinytl_kernels.ops.activation`,
+            :func:`tinytl_kernels.ops.group_norm_activation`); on the way down the layers that adds up. It is the way to
+            keep less without a second forward, and keeps more than ``recompute``; with ``recompute=True`` there are
+            codes where nothing is recomputed. None: exact gradients.
 
     Returns:
         The converted model, in ``channels_last``, on the same device, in the same dtype and mode. Frozen parameters
@@ -137,7 +137,7 @@ def convert(
         if method != "full":
             # Making layers draws numbers that are thrown away: random state is spent on branches and a new head alone.
             with torch.random.fork_rng(devices=accelerators(model)):
-                codable = _make_lean(model, method, flow, stock, links, head, places, report, code_bits)
+                _make_lean(model, method, flow, stock, links, head, places, report, code_bits)
             fuse_blocks(model, report, [block.path for block in places])
             _compare(model, example_input, stock, report)
             like = next(model.parameters(), torch.empty(0)).new_empty(0)  # before any of them is in 8 bits
@@ -159,7 +159,7 @@ def convert(
     if (code_bits is None if recompute is None else recompute) and method != "full":
         recompute_blocks(model, may_recompute, example_input, report)
     if code_bits is not None:
-        keep_codes(model, codable, code_bits, report)
+        keep_codes(model, code_bits, report)
     head = _renew_head(model, head, num_classes, stock, report)
     report.trained = set_trained(model, method, head)
     report.trained_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -264,8 +264,7 @@ def _make_lean(
     places: list[Block],
     report: ConversionReport,
     code_bits: int | None,
-) -> list[nn.Module]:
-    """Swap the layers; returns those that can keep 8-bit codes."""
+) -> None:
     fold = method != "norm+last"
     untrained = untrained_statistics(model) if fold else []
     if untrained:
@@ -298,7 +297,6 @@ def _make_lean(
     order = {name: i for i, name in enumerate(names.values())}
     for notes in (report.done, report.kept):
         notes.sort(key=lambda note: order[note.path])
-    return surgery.codable
 
 
 class _Boundary:

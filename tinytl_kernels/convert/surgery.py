@@ -36,10 +36,7 @@ class Surgery:
         report: Written as things are done.
         head: The classifier, which stays stock.
         keep_apart: ``keep_apart(conv, activation)``: whether the activation must not go into the convolution.
-        code_bits: 8 makes smooth activations stand alone: :attr:`codable`.
-
-    Attributes:
-        codable: Modules put in place that can keep 8-bit codes; they are exact until told otherwise.
+        code_bits: 8 swaps smooth activations that stand alone for twins that can keep codes.
     """
 
     def __init__(
@@ -57,7 +54,6 @@ class Surgery:
         self.head = head
         self.keep_apart = keep_apart
         self.code_bits = code_bits
-        self.codable: list[nn.Module] = []
         self.names = {module: name for name, module in model.named_modules()}
         self.twins: dict[nn.Module, nn.Module] = {}
         self._kept: set[nn.Module] = set()
@@ -132,17 +128,12 @@ class Surgery:
         inside = [] if facts is None else facts.tail
         candidate = inside[0] if len(inside) == 1 else behind if not inside else None
         plain = None if candidate is None else plain_activation(candidate)
-        name = None if plain is None else activation_name(plain)
-        if name is None or self._to_be_coded(name) or self.keep_apart(conv, candidate):
+        if plain is None or activation_name(plain) is None or self.keep_apart(conv, candidate):
             candidate = None
         if not inside or candidate is inside[0]:
             return candidate, None
         modules = [self._lean_activation(module) or module for module in inside]
         return candidate, modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-
-    def _to_be_coded(self, name: str) -> bool:
-        """Whether an activation may get 8-bit codes, so that it stands alone: fused, it would keep the full value."""
-        return self.code_bits is not None and name in FULL_VALUE
 
     def _swap_norm(self, norm: nn.Module) -> None:
         facts = self.links.out_of_reach(norm) or self._facts(norm)
@@ -172,9 +163,7 @@ class Surgery:
         behind = self.links.after(norm)
         plain = None if behind is None or behind in self.twins else plain_activation(behind)
         name = None if plain is None or self.keep_apart(norm, behind) else activation_name(plain)
-        twin = tnn.GroupNorm.from_norm(norm, name)
-        self.codable.append(twin)
-        self.place(norm, twin)
+        self.place(norm, tnn.GroupNorm.from_norm(norm, name))
         if name is not None:
             self.place(behind, self._identity(behind))
         self._done(norm, "keeps its input" + (f", {type(behind).__name__} fused and keeps nothing" if name else ""))
@@ -189,7 +178,7 @@ class Surgery:
             self._keep(module, reason or "keeps a full value: its derivative is smooth")
             return
         self.place(module, lean)
-        if lean not in self.codable:  # what those keep is told once it is decided
+        if activation_name(lean) not in FULL_VALUE:  # what those keep is told once it is decided
             self._done(module, "one bit an element")
 
     def _lean_activation(self, module: nn.Module) -> nn.Module | None:
@@ -203,8 +192,7 @@ class Surgery:
         }.get(type(plain))
         if self.code_bits is not None and type(plain) in (nn.Hardswish, nn.SiLU, nn.GELU):
             option = plain.approximate if type(plain) is nn.GELU else plain.inplace
-            self.codable.append(getattr(tnn, type(plain).__name__)(option).train(module.training))
-            return self.codable[-1]
+            return getattr(tnn, type(plain).__name__)(option).train(module.training)
         if type(plain) is nn.LeakyReLU and plain.negative_slope >= 0:
             return tnn.LeakyReLU(plain.negative_slope).train(module.training)
         return None if lean is None else lean().train(module.training)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tinytl_kernels import ops
-from tinytl_kernels.core.activations import check_activation
+from tinytl_kernels.core.activations import FULL_VALUE, check_activation
+from tinytl_kernels.core.derivative_code import check_code_bits
 from tinytl_kernels.core.geometry import same_padding, tensorflow_same_padding
 from tinytl_kernels.nn.activation import activation_name
 from tinytl_kernels.nn.fold import AppliedConvolution, applied_convolution, fold_batch_norm
@@ -29,6 +30,8 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             ``"tf_same"``: TensorFlow's SAME, which depends on the size of each input.
         activation: None, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"``: one bit an
             element; ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``: the value before the activation.
+        code_bits: None, or 8 to keep the derivative of a smooth activation in one byte an element instead of that
+            value; gradients are then off by what :func:`tinytl_kernels.ops.activation` says. May be changed any time.
 
     Shape:
         (N, C, H, W) or (C, H, W) in; (N, O, H', W') or (O, H', W') out, ``channels_last`` if input or weight is.
@@ -61,8 +64,10 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
         dtype=None,
         *,
         activation: str | None = None,
+        code_bits: int | None = None,
     ) -> None:
         check_activation(activation)
+        check_code_bits(code_bits)
         # nn.Conv2d knows neither of these two; every other padding is checked by it.
         beyond_torch = padding == TENSORFLOW_SAME or (isinstance(padding, (tuple, list)) and len(padding) == 4)
         super().__init__(
@@ -83,6 +88,7 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
                 raise ValueError(f"padding: expected four numbers of at least 0, got {tuple(padding)}")
             self.padding = padding if isinstance(padding, str) else tuple(padding)
         self.activation = activation
+        self.code_bits = code_bits
         self.weight.requires_grad_(False)
         self.register_buffer("weight_scale", None)
 
@@ -145,6 +151,7 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             "meta",
             weight.dtype,
             activation=activation,
+            code_bits=conv.code_bits if isinstance(conv, FrozenConvBias) else None,
         )
         # clone() rather than copy_(): the layout (channels_last) of the weight comes along.
         frozen.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -163,10 +170,12 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             if any(padding):
                 input = ops.pad2d(input, padding, self.padding_mode)
             padding = (0, 0, 0, 0)
-        return ops.frozen_conv(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, self.activation,
-            weight_scale=self.weight_scale,
+        coded = self.code_bits is not None and self.activation in FULL_VALUE
+        output = ops.frozen_conv(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            None if coded else self.activation, weight_scale=self.weight_scale,
         )  # fmt: skip
+        return ops.activation(output, self.activation, code_bits=self.code_bits) if coded else output
 
     def refuse_trained_weight(self) -> None:
         """Raise ``RuntimeError`` if somebody set the weight to require a gradient, which would never come."""
@@ -200,4 +209,6 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
         text = super().extra_repr()
         if self.activation is not None:
             text += f", activation={self.activation}"
+        if self.code_bits is not None:
+            text += f", code_bits={self.code_bits}"
         return text if self.weight_code is None else f"{text}, weight={self.weight_code}"
