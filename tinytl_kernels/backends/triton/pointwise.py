@@ -95,7 +95,7 @@ def pointwise_backward_kernel(
     residual_n, residual_h, residual_w, residual_c, pooled_n, pooled_h, pooled_w, pooled_c,
     input_n, input_h, input_w, input_c, weight_o, weight_c,
     DTYPE: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr, SUM_FIRST: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """g = f' * grad_output;  grad_input[p, c] = sum over o of g[p, o] weight[o, c] + residual[p, c] + pooled's share
@@ -132,7 +132,7 @@ def pointwise_backward_kernel(
         if grad_bias is not None:
             sums = grad_bias + tile * out_channels + out
             # A branch at run time comes after the product in Triton's pipeline, and g lives in registers until then.
-            if ONE_COLUMN:  # noqa: SIM114 - decided at compile time, the next one at run time
+            if SUM_FIRST:  # noqa: SIM114 - decided at compile time, the next one at run time
                 tl.store(sums, sum_over_pixels(g), mask=out < out_channels)
             elif column == 0:
                 tl.store(sums, sum_over_pixels(g), mask=out < out_channels)
@@ -312,7 +312,9 @@ def pointwise_backward(
                 FLAT=flat,
                 WIDE=needs_wide_offsets(grad_output, value, residual, grad_input, grad_bias),
                 IN_UNIT=in_unit, OUT_UNIT=out_unit, PRECISION=dot_precision(grad_input.dtype),
-                ONE_COLUMN=channels <= block_in,
+                # Where 8 warps are at the limit of two programs. Of smaller tiles ptxas then makes room for more
+                # programs than fit, and spills; float32 keeps its registers either way.
+                SUM_FIRST=channels <= block_in and num_warps == 8 and grad_input.dtype != torch.float32,
                 BLOCK_PIXELS=block_pixels, BLOCK_OUT=block_out, BLOCK_IN=block_in,
             ),
             num_warps, num_stages,
