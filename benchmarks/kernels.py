@@ -175,6 +175,7 @@ KERNELS = (
     _activation("relu", 64, 56),
     _activation("leaky_relu", 64, 56),
     _activation("hardsigmoid", 64, 56),
+    _unary("silu_code_bits_8", 96, 56, partial(ops.activation, name="silu", code_bits=8)),
     _without_arithmetic("max_pool_3x3_s2", 64, 112, max_pool),
     _without_arithmetic("max_pool_2x2_s2", 64, 56, partial(max_pool, kernel=2)),
     _unary("avg_pool_2x2_s2", 24, 56, lambda x: ops.avg_pool2d(x, 2)),

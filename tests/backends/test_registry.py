@@ -22,8 +22,8 @@ def fake(monkeypatch):
     module.unavailable_reason = lambda: module.reason
     module.cannot_take = lambda tensor: "float64 is not for it" if tensor.dtype == torch.float64 else None
 
-    def activation(input, name, negative_slope, needs_mask):
-        output, mask = reference.OPERATORS["activation"](input, name, negative_slope, needs_mask)
+    def activation(input, name, negative_slope, needs_mask, needs_codes=False):
+        output, mask = reference.OPERATORS["activation"](input, name, negative_slope, needs_mask, needs_codes)
         return output * 2, mask
 
     module.OPERATORS = {"activation": activation}

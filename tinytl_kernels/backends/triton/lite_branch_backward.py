@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinytl_kernels.backends.triton.activation import tile_sizes as element_tiles
 from tinytl_kernels.backends.triton.configurations import tunable
 from tinytl_kernels.backends.triton.epilogue import gradient_by_bits, passes
 from tinytl_kernels.backends.triton.launch import (
@@ -36,6 +35,7 @@ from tinytl_kernels.backends.triton.lite_branch_norm import (
     norm_gradient,
 )
 from tinytl_kernels.backends.triton.partial_statistics import ANY_SIZE, Spans, store_partial, tile_pixels
+from tinytl_kernels.backends.triton.pixels import TILE_ELEMENTS, channel_block
 from tinytl_kernels.backends.triton.weights import load_weight
 
 # Programs of a weight gradient: more would only make more partial sums of its size.
@@ -227,8 +227,8 @@ def norm_backward(grad_conv: Tensor, conv: Tensor, norm: AppliedNorm, means: Ten
         means: of ``partial_statistics.merge_sums``; None where the statistics are constants.
     """
     n, channels, height, width = conv.shape
-    rows, block = element_tiles(channels)
-    rows = power_of_two(height * width if norm.groups else n * height * width, 1, rows)
+    block = channel_block(channels)
+    rows = power_of_two(height * width if norm.groups else n * height * width, 1, TILE_ELEMENTS // block)
     spans = Spans.of(n, height * width, rows, bool(norm.groups))
     unit = stride_unit(channels, False, conv)
     arguments = norm_arguments(norm, "", channels)

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinytl_kernels.backends.triton.activation import tile_sizes as element_tiles
 from tinytl_kernels.backends.triton.configurations import tunable
 from tinytl_kernels.backends.triton.launch import (
     TRITON_DTYPE,
@@ -38,6 +37,7 @@ from tinytl_kernels.backends.triton.partial_statistics import (
     store_statistics,
     tile_pixels,
 )
+from tinytl_kernels.backends.triton.pixels import TILE_ELEMENTS, channel_block
 from tinytl_kernels.backends.triton.weights import load_weight
 
 
@@ -221,8 +221,8 @@ def normalise(second: Tensor, norm: AppliedNorm, output: Tensor) -> None:
         output: (N, O, H', W'), any strides, written.
     """
     n, channels, height, width = output.shape
-    rows, block = element_tiles(channels)
-    rows = power_of_two(height * width if norm.groups else n * height * width, 1, rows)
+    block = channel_block(channels)
+    rows = power_of_two(height * width if norm.groups else n * height * width, 1, TILE_ELEMENTS // block)
     spans = Spans.of(n, height * width, rows, bool(norm.groups))
     unit = stride_unit(channels, False, output)
     start(
