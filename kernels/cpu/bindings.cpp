@@ -87,6 +87,12 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
   m.def("upsample_add_forward(Tensor main, Tensor branch) -> Tensor");
   m.def("upsample_add_(Tensor(a!) main, Tensor branch) -> ()");
   m.def("upsample_add_backward(Tensor grad_output, int[4] branch_size) -> Tensor");
+  // Bytes of scratch.h that the kernels have asked for since reset_scratch_bytes(), all threads together.
+  m.def("scratch_bytes() -> int", [] { return scratch_count.bytes.load(); });
+  m.def("reset_scratch_bytes() -> ()", [] {
+    ++scratch_count.beginning;
+    scratch_count.bytes = 0;
+  });
 }
 
 // The dispatcher hands strings over by value; the kernels take them by reference.

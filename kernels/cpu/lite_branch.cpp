@@ -29,21 +29,13 @@ TrainedConv pointwise_after(const TrainedConv& conv, const at::Tensor& weight) {
   return TrainedConv({conv.batch, weight.size(1), conv.out_height, conv.out_width}, weight, 1, 1);
 }
 
-// Temporaries of one call, in one piece. A thread keeps a small piece for the next call: on fresh pages the second
-// block of MobileNetV2 takes twice as long.
-constexpr int64_t kKeptBytes = 8 << 20;
-
+// Temporaries of one call, in one piece, handed back after it: kept for the next call, those of the first blocks would
+// stand beside the peak of the whole step, which is elsewhere.
 class Workspace {
  public:
-  explicit Workspace(int64_t elements, int64_t buffers) {
-    const int64_t total = elements + buffers * kGap;
-    if (total * static_cast<int64_t>(sizeof(float)) <= kKeptBytes) {
-      next_ = scratch<float>(kImages, total);
-    } else {
-      fresh_ = at::empty({total}, at::kFloat);
-      next_ = fresh_.data_ptr<float>();
-    }
-  }
+  Workspace(int64_t elements, int64_t buffers)
+      : storage_(at::empty({elements + buffers * kGap}, at::kFloat)), next_(storage_.data_ptr<float>()) {}
+
   // `count` floats, with room behind them for a tile's vectors that begin at the last one.
   float* take(int64_t count) {
     float* taken = next_;
@@ -53,7 +45,7 @@ class Workspace {
 
  private:
   static constexpr int64_t kGap = kTileVecs * kLanes;
-  at::Tensor fresh_;
+  at::Tensor storage_;
   float* next_;
 };
 
@@ -194,9 +186,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward(
   with_storage_type(pooled.scalar_type(), "pooled", [&](auto zero) {
     using T = decltype(zero);
     const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
-    Workspace workspace(conv1.padded_input() + a_elements + e_elements, 3);
-    float* padded = workspace.take(conv1.padded_input());
-    float* a = workspace.take(a_elements);
+    Workspace workspace(std::max(conv1.padded_input(), a_elements) + e_elements, 2);
+    float* padded = workspace.take(std::max(conv1.padded_input(), a_elements));
+    float* a = padded; // from when c is there
     float* e = workspace.take(e_elements);
     pad_input(conv1, input.data_ptr<T>(), padded);
     c = first_conv<T>(conv1, padded, weight1, pooled.scalar_type());
@@ -256,19 +248,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   with_storage_type(dtype, "pooled", [&](auto zero) {
     using T = decltype(zero);
     const Activation f = parse_activation(activation);
-    const bool need_padded = need_weight1 || conv.numel() == 0;
-    const int64_t padded_elements = need_padded ? conv1.padded_input() : 0;
+    const bool need_conv = conv.numel() == 0;
+    const int64_t padded_elements = need_weight1 || need_conv ? conv1.padded_input() : 0;
     const int64_t grad_elements = need_conv1 ? conv1.padded_gradient() : 0;
     const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
-    Workspace workspace(padded_elements + a_elements + e_elements + grad_elements, 4);
-    float* padded = workspace.take(padded_elements);
-    float* a = workspace.take(a_elements); // then its gradient
-    float* e = workspace.take(e_elements); // then its gradient
+    // Two buffers, each for one thing after another.
+    Workspace workspace(std::max(padded_elements, a_elements) + std::max(e_elements, grad_elements), 2);
+    float* a = workspace.take(std::max(padded_elements, a_elements)); // then its gradient
+    float* e = workspace.take(std::max(e_elements, grad_elements)); // then its gradient
+    float* padded = a; // before a, and after its gradient
+    float* grad_c = e; // after e's gradient; padded
     at::Tensor c = conv;
-    if (need_padded) {
+    if (need_conv) {
       pad_input(conv1, input.data_ptr<T>(), padded);
-    }
-    if (conv.numel() == 0) {
       c = first_conv<T>(conv1, padded, weight1, dtype);
     }
     check_size(c, "conv", {conv1.out_height, conv1.out_width, conv1.batch, conv1.out_channels}, dtype);
@@ -299,7 +291,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     }
     const at::Tensor transposed = weight2.transpose(0, 1);
     trained_conv_forward(pointwise_after(conv2, transposed), e, transposed, a);
-    float* grad_c = workspace.take(grad_elements); // padded
     with_activation(f, [&](auto act) {
       const auto from_activation = [&](int64_t row, int64_t, int64_t, int64_t channel, int64_t lanes, Vec z)
                                        TINYTL_LAMBDA_INLINE {
@@ -323,6 +314,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     }
     if (need_weight1) {
       grad_weight1 = at::empty_like(weight1);
+      pad_input(conv1, input.data_ptr<T>(), padded);
       trained_conv_backward_weight(conv1, padded, grad_c, grad_weight1);
     }
   });

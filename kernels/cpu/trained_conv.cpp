@@ -10,6 +10,10 @@ namespace {
 // Pixels that one chain of a weight gradient adds up, about.
 constexpr int64_t kWeightTerms = 128;
 
+// Sums of a weight gradient that a thread holds while the images stream by, in floats: the images pass several times
+// rather than a large weight exist twice.
+constexpr int64_t kHeldSums = 64 * 1024;
+
 // A row of the kernel window whose pixels lie inside the image: where it begins in the image and in the packed weight.
 struct WindowRow {
   const float* a;
@@ -240,7 +244,7 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
 
 void trained_conv_backward_weight(
     const TrainedConv& conv, const float* padded, const float* grad, at::Tensor& grad_weight) {
-  // Tiles of out channels (rows) by in channels (vectors), one tap each, kept in memory while chunks of image rows
+  // Tiles of out channels (rows) by in channels (vectors), one tap each, some of them held while chunks of image rows
   // stream by; neighbouring tiles read the same input. No two tasks share a tile: nothing is summed over threads.
   const ColumnPanels panels(conv.group_in());
   const int64_t phase_line = conv.phase_width() * conv.batch;
@@ -256,12 +260,10 @@ void trained_conv_backward_weight(
     const int vecs = panels.width_vecs(p);
     const int64_t most = max_tile_rows(vecs), tiles = ceil_div(conv.group_out(), most);
     const int64_t units = conv.groups * tiles * conv.taps();
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      const int64_t tile_elements = most * vecs * kLanes;
-      float* accumulated = scratch<float>(kRing, (end - begin) * tile_elements);
-      std::vector<Run> runs(chunk);
-      // unit = (group, tap, tile), the tile of rows fastest.
-      const auto row_of = [&](int64_t tile) { return conv.group_out() * tile / tiles; };
+    const int64_t tile_elements = most * vecs * kLanes;
+    // unit = (group, tap, tile), the tile of rows fastest.
+    const auto row_of = [&](int64_t tile) { return conv.group_out() * tile / tiles; };
+    const auto sum_units = [&](int64_t begin, int64_t end, float* sum, std::vector<Run>& runs) {
       for (int64_t y = 0; y < conv.out_height; y += chunk) {
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t t = unit % tiles, tap = unit / tiles % conv.taps(), group = unit / tiles / conv.taps();
@@ -281,14 +283,16 @@ void trained_conv_backward_weight(
           }
           if (count > 0 || y == 0) {
             const int rows = static_cast<int>(row_of(t + 1) - row_of(t));
-            float* tile = accumulated + (unit - begin) * tile_elements;
+            float* tile = sum + (unit - begin) * tile_elements;
             strided_gemm(rows, vecs, runs.data(), count, strides, y > 0, tile);
           }
         }
       }
+    };
+    const auto store_units = [&](int64_t begin, int64_t end, const float* sum) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t t = unit % tiles, tap = unit / tiles % conv.taps(), group = unit / tiles / conv.taps();
-        const float* tile = accumulated + (unit - begin) * tile_elements;
+        const float* tile = sum + (unit - begin) * tile_elements;
         const int64_t o0 = group * conv.group_out() + row_of(t), o1 = group * conv.group_out() + row_of(t + 1);
         for (int64_t o = o0; o < o1; ++o, tile += vecs * kLanes) {
           float* to = target + o * out_stride + panels.start(p) * in_stride + tap / conv.kernel * row_stride +
@@ -301,6 +305,16 @@ void trained_conv_backward_weight(
             to[i * in_stride] = tile[i];
           }
         }
+      }
+    };
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), end - begin);
+      float* sum = scratch<float>(kRing, held * tile_elements);
+      std::vector<Run> runs(chunk);
+      for (int64_t first = begin; first < end; first += held) {
+        const int64_t last = std::min(first + held, end);
+        sum_units(first, last, sum, runs);
+        store_units(first, last, sum);
       }
     });
   }
