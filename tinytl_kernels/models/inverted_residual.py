@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from tinytl_kernels.convert.lite import PAPER_RESOLUTION, branch_geometry
-from tinytl_kernels.nn import LiteResidual, LiteResidualBlock
+from tinytl_kernels.nn import AdaptiveAvgPool2d, LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.lite_residual import make_divisible
 
 from .slices import run_in_slices
@@ -240,7 +240,8 @@ class InvertedResidualNet(nn.Module):
         if config.head_channels is not None:
             self.head = layers.conv_norm(width, config.head_channels, activation=config.activation)
             width = config.head_channels
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        # PyTorch's mean gives its gradient in NCHW, which the convolution before it would have to copy.
+        self.pool = AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(width, config.num_classes)
         _initialise(self)

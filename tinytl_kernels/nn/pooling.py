@@ -26,11 +26,14 @@ class AvgPool2d(nn.AvgPool2d):
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """``torch.nn.AdaptiveAvgPool2d`` that keeps nothing for backward."""
+    """``torch.nn.AdaptiveAvgPool2d`` that keeps nothing for backward, and whose gradient has the input's layout.
+
+    To a single pixel PyTorch takes the mean, which keeps nothing either, but a convolution before it has to copy its
+    gradient from NCHW.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        # To a single pixel PyTorch takes the mean, which keeps nothing and whose gradient is a view.
-        if input.dim() != 4 or self.output_size in (1, (1, 1), [1, 1]):
+        if input.dim() != 4:
             return super().forward(input)
         return ops.adaptive_avg_pool2d(input, self.output_size)
 
