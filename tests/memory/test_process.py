@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tinytl_kernels.memory.process import reset_high_water_mark
+from tests.memory.child import MEASURABLE, run_in_child
 
 # 32 MB an activation. Element-wise layers and pooling only, where ATen and its libraries need no scratch memory, so
 # that both counts mean the same thing.
 SCRIPT = """
-import ctypes, json, sys
-# Every large block from mmap, so that freeing one returns it to the system.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-libc = ctypes.CDLL(None)
-libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
-import torch
 from torch import nn
 from tinytl_kernels.memory import measure_memory
-torch.set_num_threads(1)
 
 class Scale(nn.Module):
     def __init__(self):
@@ -41,10 +29,8 @@ print(json.dumps({"peak": report.peak, "process": report.process_peak}))
 """
 
 
-@pytest.mark.skipif(reset_high_water_mark() is None, reason="this system cannot reset the resident high-water mark")
+@pytest.mark.skipif(not MEASURABLE, reason="needs Linux with glibc, and a resident high-water mark that can be reset")
 def test_count_agrees_with_the_process_within_three_percent() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    figures = run_in_child(SCRIPT)
     assert figures["peak"] > 150e6
     assert figures["process"] == pytest.approx(figures["peak"], rel=0.03)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from tinytl_kernels.backends.cpu import reset_scratch_bytes, scratch_bytes
 from tinytl_kernels.memory.inputs import as_arguments, batch_size, input_tensors, unwrap
 from tinytl_kernels.memory.ledger import ModuleStack, StorageLedger, storage_of
 from tinytl_kernels.memory.process import high_water_mark, reset_high_water_mark
@@ -38,6 +39,8 @@ class MemoryReport:
         saved: alive between the end of forward and the start of backward, beyond parameters, buffers, optimizer state,
             input, target and the loss itself. The model's output counts only if something keeps it for backward.
         saved_input: the part of the input that autograd keeps as well; no extra memory as long as the caller holds it.
+        scratch: working memory that the threads of the CPU kernels keep from call to call, all of it from the second
+            step on: a part of the temporaries at any moment.
         peak: the most bytes alive at once during the step beyond parameters, buffers, input and target: optimizer
             state, gradients, saved tensors and temporaries of forward, backward and optimizer step.
         activations: the most bytes of saved tensors and temporaries alive at once in forward and backward: the paper's
@@ -65,6 +68,7 @@ class MemoryReport:
     optimizer: int
     saved: int
     saved_input: int
+    scratch: int
     peak: int
     activations: int
     peak_phase: str
@@ -112,6 +116,7 @@ class MemoryReport:
             ("saved for backward", self.saved),
             (f"peak of the step, in {self.peak_phase}{where}", self.peak),
             *((f"  {part}", size) for part, size in self.at_peak.items()),
+            *([("    scratch of the CPU kernels", self.scratch)] if self.scratch else []),
             ("parameters + buffers + peak", self.total),
             ("parameters + buffers + activations, the paper's count", self.paper),
         ]
@@ -145,8 +150,9 @@ def measure_memory(
 
     **What is counted.** On CUDA, the caching allocator's own statistics, after one warm-up step so that libraries have
     their workspaces and compiled code is compiled. Elsewhere, the storages that operators allocate, each from its
-    allocation until it is freed; custom operators are looked into, ATen's own are not, so im2col columns and oneDNN
-    scratchpads are missing (:attr:`MemoryReport.process_peak` has them). Compiled models run eagerly there, because
+    allocation until it is freed, and the scratch memory of this package's kernels; custom operators are looked into,
+    ATen's own are not, so im2col columns and oneDNN scratchpads are missing (:attr:`MemoryReport.process_peak` has
+    them). Compiled models run eagerly there, because
     compiled code allocates past the dispatcher. Checkpointed regions need no special care in either.
 
     Args:
@@ -290,6 +296,7 @@ class _Step:
             with torch.compiler.set_stance("force_eager"):
                 ledger.phase = _STATE
                 ledger.adopt(self.state())
+                reset_scratch_bytes()
                 with ledger, self.gradients_watched(ledger):
                     ledger.phase = "forward"
                     loss = self.forward()
@@ -309,6 +316,7 @@ class _Step:
                     self.optimize()
                     state_serials = ledger.serials(self.state())
             most = high_water_mark()
+            scratch = scratch_bytes()
         finally:
             ledger.close()
 
@@ -328,11 +336,13 @@ class _Step:
         at_peak = Counter({"optimizer": 0, "gradients": 0, "saved": 0, "temporaries": 0})
         for serial, size in blocks.items():
             at_peak[part(serial)] += size
+        at_peak["temporaries"] += scratch
         return self._report(
             saved=sum(row.saved for row in layers),
             saved_input=saved_input,
-            peak=peak,
-            activations=activations,
+            scratch=scratch,
+            peak=peak + scratch,
+            activations=activations + scratch,
             peak_phase=phase,
             peak_layer=layer,
             at_peak=dict(at_peak),
@@ -377,6 +387,7 @@ class _Step:
         return self._report(
             saved=saved,
             saved_input=saved_input,
+            scratch=0,
             peak=peaks[worst],
             activations=max(peaks["forward"], peaks["backward"] - self.gradient_bytes) - state,
             peak_phase=worst,

@@ -34,6 +34,24 @@ def unavailable_reason() -> str | None:
     return load_kernels()
 
 
+def reset_scratch_bytes() -> None:
+    """Begin :func:`scratch_bytes` anew."""
+    if _counts_scratch():
+        torch.ops.tinytl_cpu.reset_scratch_bytes()
+
+
+def scratch_bytes() -> int:
+    """Bytes of working memory that the kernels have asked for since :func:`reset_scratch_bytes`, all threads together.
+
+    A thread keeps it from call to call, so that a process which runs nothing else holds it from its second step on.
+    """
+    return torch.ops.tinytl_cpu.scratch_bytes() if _counts_scratch() else 0
+
+
+def _counts_scratch() -> bool:
+    return hasattr(torch.ops.tinytl_cpu, "scratch_bytes")  # not before the kernels are loaded
+
+
 def cannot_take(tensor: Tensor) -> str | None:
     """Why the kernels cannot take ``tensor``, or None."""
     if tensor.device.type != "cpu":
