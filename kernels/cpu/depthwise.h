@@ -49,7 +49,7 @@ struct RingView {
 };
 
 // Taps of one run: sources at source, source + one pixel, ...; weights at weight, weight + weight_step, ...
-struct Run {
+struct TapRun {
   const float* source;
   const float* weight;
   int64_t taps;
@@ -57,7 +57,7 @@ struct Run {
 
 // The runs of one row of the first group; those of group g lie g planes and g times `taps` weights further.
 struct RowRuns {
-  const Run* runs;
+  const TapRun* runs;
   int64_t count;
   int64_t kernel_step; // kernel columns from tap to tap of a run
   int64_t plane; // elements from group to group of the source
@@ -119,7 +119,7 @@ inline int64_t row_runs(
     int64_t source,
     int64_t i,
     const float* weight,
-    Run* runs) {
+    TapRun* runs) {
   const float* row = ring.row(source);
   const float* kernel_row = weight + i * window.kernel_width * kGroup;
   for (const auto& run : columns.runs) {
@@ -138,7 +138,7 @@ inline int64_t forward_runs(
     int64_t input_height,
     int64_t row,
     const float* weight,
-    Run* runs) {
+    TapRun* runs) {
   int64_t count = 0;
   for (int64_t i = 0; i < window.kernel_height; ++i) {
     const int64_t source = row * window.stride_height - window.pad_top + i * window.dilation_height;
@@ -157,7 +157,7 @@ inline int64_t transposed_runs(
     int64_t grad_height,
     int64_t row,
     const float* weight,
-    Run* runs) {
+    TapRun* runs) {
   int64_t count = 0;
   for (int64_t i = 0; i < window.kernel_height; ++i) {
     const int64_t shifted = row + window.pad_top - i * window.dilation_height;

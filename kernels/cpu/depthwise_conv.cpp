@@ -84,13 +84,13 @@ at::Tensor pack_taps(const FrozenWeight& weight) {
 
 // The ring of a task, [group][row][column][kGroup].
 struct Ring {
-  std::vector<Run> runs;
+  std::vector<TapRun> runs;
   float* data;
   int64_t rows, pitch, left;
 
   Ring(int64_t num_taps, int64_t rows, int64_t pitch, int64_t left, int64_t inner, int64_t groups)
       : runs(num_taps), rows(rows), pitch(pitch), left(left) {
-    data = scratch<float>(kRing, groups * plane());
+    data = scratch<float>(kRows, groups * plane());
     for (int64_t r = 0; r < groups * rows; ++r) {
       float* row = data + r * pitch * kGroup;
       std::memset(row, 0, sizeof(float) * left * kGroup);

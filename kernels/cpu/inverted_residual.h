@@ -20,6 +20,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -108,6 +109,15 @@ struct Walk {
 
   bool shared_ring; // a task is a single step, so one panel's ring serves all panels in turn
 };
+
+// The two buffers of a task in one piece of scratch memory: a block with a large ring has few rows, and the other way
+// round, and two pieces would each keep the largest of their kind.
+template <class Element>
+std::pair<float*, Element*> rings_and_rows(int64_t ring_elements, int64_t row_elements) {
+  const int64_t ring_bytes = round_up(ring_elements * sizeof(float), 64);
+  uint8_t* piece = scratch<uint8_t>(kRows, ring_bytes + row_elements * sizeof(Element));
+  return {reinterpret_cast<float*>(piece), reinterpret_cast<Element*>(piece + ring_bytes)};
+}
 
 // Zeroes the border columns of the rings of `groups` groups, inner columns [left, left + inner).
 inline void clear_borders(float* ring, int64_t groups, const Walk& walk, int64_t inner) {

@@ -107,7 +107,7 @@ struct Backward {
       const float* ring,
       Element* rows,
       const Walk& walk,
-      Run* runs,
+      TapRun* runs,
       float* sums) const {
     const int64_t start = panels.start(panel);
     const int64_t width = panels.width(panel);
@@ -228,12 +228,12 @@ struct Backward {
     const Walk walk = plan<Dot>(s, panels, end - begin);
     const int64_t ring_area = walk.ring_rows * walk.ring_pitch;
     const int64_t row_pixels = walk.step_rows * s.width;
-    float* rings = scratch<float>(kRing, ring_area * (walk.shared_ring ? panels.width(0) : expanded));
-    Element* rows = scratch<Element>(kRows, row_pixels * expanded);
+    const auto [rings, rows] = rings_and_rows<Element>(
+        ring_area * (walk.shared_ring ? panels.width(0) : expanded), row_pixels * expanded);
     float* sums = scratch<float>(kSums, 2 * expanded);
     std::memset(sums, 0, sizeof(float) * 2 * expanded);
     float* expand_sums = need_expand_bias && s.has_expand ? sums + expanded : nullptr;
-    std::vector<Run> runs(s.taps());
+    std::vector<TapRun> runs(s.taps());
     std::vector<Segment<Element>> segments(panels.count);
     const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
     if (!walk.shared_ring) {

@@ -121,7 +121,7 @@ struct Forward {
 
   // Rows [begin, end) of h2, one panel, from the ring into `rows`.
   void depthwise_rows(
-      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, Run* runs)
+      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, TapRun* runs)
       const {
     const int64_t start = panels.start(panel);
     const int64_t width = panels.width(panel);
@@ -187,9 +187,9 @@ struct Forward {
     const Walk walk = plan<Dot>(s, panels, end - begin);
     const int64_t ring_area = walk.ring_rows * walk.ring_pitch;
     const int64_t row_pixels = walk.step_rows * s.out_width;
-    float* rings = scratch<float>(kRing, ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()));
-    Element* rows = scratch<Element>(kRows, row_pixels * panels.padded());
-    std::vector<Run> runs(s.taps());
+    const auto [rings, rows] = rings_and_rows<Element>(
+        ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()), row_pixels * panels.padded());
+    std::vector<TapRun> runs(s.taps());
     std::vector<Segment<Element>> segments(panels.count);
     const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
     if (!walk.shared_ring) {

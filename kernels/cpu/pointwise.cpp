@@ -241,7 +241,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
       const bool summing = need_bias && first == 0;
       for_runs(s.pixels(), s.run_pixels(padded, sizeof(Element)), tasks, [&](int64_t task, int64_t begin, int64_t end) {
         // g of this run, channels padded to whole groups with zeros, and its sums.
-        Element* operand = scratch<Element>(kOperand, (end - begin) * padded);
+        Element* operand = scratch<Element>(kRows, (end - begin) * padded);
         float* sums = scratch<float>(kSums, padded);
         std::memset(sums, 0, sizeof(float) * padded);
         for (int64_t pixel = begin; pixel < end; ++pixel) {

@@ -309,7 +309,7 @@ void trained_conv_backward_weight(
     };
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), end - begin);
-      float* sum = scratch<float>(kRing, held * tile_elements);
+      float* sum = scratch<float>(kRows, held * tile_elements);
       std::vector<Run> runs(chunk);
       for (int64_t first = begin; first < end; first += held) {
         const int64_t last = std::min(first + held, end);
