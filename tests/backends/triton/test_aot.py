@@ -131,6 +131,8 @@ def launched(what: Layer | Run, dtype: torch.dtype) -> list[Launch]:
         ("upsample_add_backward_kernel", block(24, 144, 24, 1, 56), "float32", "gfx942"),
         ("upsample_add_backward_kernel", block(96, 576, 160, 2, 14), "float32", "gfx942"),
         ("upsample_add_backward_kernel", block(96, 576, 96, 1, 14), "float32", "gfx942"),
+        # 25 taps of a narrow tile, with 4 warps.
+        ("dense_kernel", lite_branch(96, 160, 2, 7), "bfloat16", "sm_90"),
         # Stages of the pipeline, by dtype.
         ("whole_block_kernel", block(16, 96, 24, 2, 112), "float16", "sm_100"),
     ],

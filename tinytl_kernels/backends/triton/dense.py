@@ -306,8 +306,11 @@ def dense(
     partial = None
     if statistics_groups is not None:
         partial = spans.partial(output.size(1), output)
-        # With 4 warps the statistics of 128 x 16 float32 sums spill on sm_80.
-        num_warps = 8 if block_pixels >= 128 else num_warps
+    # With 4 warps these spill somewhere: statistics of 128 x 16 float32; 32 or 64 x 64 of a 5 x 5 in half precision.
+    if (partial is not None and block_pixels >= 128) or (
+        block_out >= 64 and input.element_size() == 2 and max(weight.shape[2:]) > 3
+    ):
+        num_warps = 8
     in_unit = min(stride_unit(group_channels, False, input), alignment(*weight.stride()[:1], *weight.stride()[2:]))
     out_unit = stride_unit(group_out, False, output)
     start(
