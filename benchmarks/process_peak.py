@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import gc
 import json
 
 import torch
@@ -18,21 +17,18 @@ import torch
 from benchmarks.contestants import Contestant, Entry
 from benchmarks.lineup import lineup
 from benchmarks.networks import BY_NAME
-from tinytl_kernels.memory.process import high_water_mark, reset_high_water_mark
+from tinytl_kernels.memory.process import high_water_mark, settle
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MAPPED_FROM = 64 * 1024
 
 
-def peak_of(contestant: Contestant, case, stock: torch.nn.Module, libc: ctypes.CDLL) -> int | None:
+def peak_of(contestant: Contestant, case, stock: torch.nn.Module) -> int | None:
     """Bytes above resident at the worst moment of the second step; the first one warms up caches and scratch."""
     entry = Entry(contestant, case, stock)
     entry.run()
     entry.clear()
-    gc.collect()
-    with contextlib.suppress(AttributeError):
-        libc.malloc_trim(0)
-    before = reset_high_water_mark()
+    before = settle()
     output = entry.run()
     most = high_water_mark()
     del output
@@ -48,14 +44,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):  # a C library without mallopt
-        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
     case = BY_NAME[arguments.case]
     case = case.quick() if arguments.quick else case
     stock = case.stock()
     contestants = {contestant.key: contestant for contestant in lineup(case.level)}
-    print(json.dumps({key: peak_of(contestants[key], case, stock, libc) for key in arguments.keys}))
+    print(json.dumps({key: peak_of(contestants[key], case, stock) for key in arguments.keys}))
 
 
 if __name__ == "__main__":
