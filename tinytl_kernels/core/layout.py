@@ -33,3 +33,10 @@ def _strides_are_channels_last(tensor: torch.Tensor) -> bool:
 def format_of(channels_last: bool) -> torch.memory_format:
     """The memory format that the ``channels_last`` flag of a backward operator stands for."""
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def with_strides_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the strides of ``like``, which is of its shape: itself if it has them, else a copy."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

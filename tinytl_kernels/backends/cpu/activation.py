@@ -12,7 +12,7 @@ from tinytl_kernels.backends.cpu.layout import channels_last, in_layout
 from tinytl_kernels.backends.reference import activation as reference
 from tinytl_kernels.core.activations import BIT_MASK
 from tinytl_kernels.core.derivative_code import DERIVATIVE_CODES
-from tinytl_kernels.core.layout import memory_format
+from tinytl_kernels.core.layout import memory_format, with_strides_of
 
 
 def activation(
@@ -36,7 +36,7 @@ def activation_backward(grad_output: Tensor, saved: Tensor, name: str, negative_
         code = DERIVATIVE_CODES[name]
         grad_output = _dense(grad_output)
         return torch.ops.tinytl_cpu.coded_activation_backward(
-            grad_output, _with_strides_of(grad_output, saved), code.zero, code.steps
+            grad_output, with_strides_of(grad_output, saved), code.zero, code.steps
         )
     if name not in BIT_MASK or _is_trivial(grad_output):
         return reference.activation_gradient(grad_output, saved, name, negative_slope)
@@ -58,13 +58,7 @@ def _is_trivial(tensor: Tensor) -> bool:
 
 def _dense(tensor: Tensor) -> Tensor:
     """``tensor`` in the strides of ``torch.empty_like(tensor)``: itself if it is dense, in whatever order."""
-    return _with_strides_of(torch.empty_like(tensor, device="meta"), tensor)
-
-
-def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
+    return with_strides_of(torch.empty_like(tensor, device="meta"), tensor)
 
 
 def _as_images(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tinytl_kernels.backends.triton.epilogue import activate, gradient_by_value
 from tinytl_kernels.backends.triton.launch import TRITON_DTYPE, Launch, needs_wide_offsets, start
 from tinytl_kernels.core.derivative_code import DERIVATIVE_CODES, NAN_CODE
+from tinytl_kernels.core.layout import with_strides_of
 
 # Elements of a program: 16 a thread at 4 warps, so that a thread's codes are 16 bytes.
 _BLOCK = 2048
@@ -64,14 +65,26 @@ def activate_and_encode(input: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """A smooth activation and its derivative's codes, uint8, both in the strides of ``torch.empty_like(input)``."""
     output = torch.empty_like(input)
     codes = torch.empty_like(input, dtype=torch.uint8)
-    _start(encode_kernel, output, dict(ACTIVATION=name), name, input=_like(output, input), output=output, codes=codes)
+    _start(
+        encode_kernel,
+        output,
+        dict(ACTIVATION=name),
+        name,
+        input=with_strides_of(output, input),
+        output=output,
+        codes=codes,
+    )
     return output, codes
 
 
 def decode_gradient(grad_output: Tensor, codes: Tensor, name: str) -> Tensor:
     """``grad_output`` times the coded derivative, in the strides of ``torch.empty_like(grad_output)``."""
     grad_input = torch.empty_like(grad_output)
-    tensors = dict(grad_output=_like(grad_input, grad_output), codes=_like(grad_input, codes), grad_input=grad_input)
+    tensors = dict(
+        grad_output=with_strides_of(grad_input, grad_output),
+        codes=with_strides_of(grad_input, codes),
+        grad_input=grad_input,
+    )
     _start(decode_kernel, grad_input, {}, name, **tensors)
     return grad_input
 
@@ -84,10 +97,3 @@ def _start(kernel, like: Tensor, constants: dict, name: str, **tensors: Tensor) 
     )  # fmt: skip
     elements = like.numel()
     start(Launch(kernel, (triton.cdiv(elements, _BLOCK),), dict(**tensors, elements=elements), constants))
-
-
-def _like(like: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` in the strides of ``like``."""
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
