@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tinytl_kernels as tk
-from tests.checks import assert_as_exact_as_torch
 from tinytl_kernels.models import proxylessnas_mobile
 from tinytl_kernels.nn import Recomputed
 
@@ -32,9 +32,12 @@ def stock() -> nn.Module:
     return model.to(memory_format=torch.contiguous_format)
 
 
+BATCHES = 4
+
+
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+def batches() -> list[Tensor]:
+    return [torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3 + i)) for i in range(BATCHES)]
 
 
 def gradients(model: nn.Module, images: Tensor, trained: tuple[str, ...]) -> dict[str, Tensor]:
@@ -48,30 +51,48 @@ def gradients(model: nn.Module, images: Tensor, trained: tuple[str, ...]) -> dic
 
 
 @pytest.fixture(scope="module")
-def converted(stock: nn.Module, images: Tensor) -> nn.Module:
-    return tk.convert(stock, METHOD, example_input=images)
+def converted(stock: nn.Module, batches: list[Tensor]) -> nn.Module:
+    return tk.convert(stock, METHOD, example_input=batches[0])
 
 
 @pytest.fixture(scope="module")
-def exact(stock: nn.Module, images: Tensor, converted: nn.Module) -> dict[str, Tensor]:
-    """Stock PyTorch's, in float64."""
-    return gradients(copy.deepcopy(stock).double(), images, tk.conversion_report(converted).trained)
+def exact(stock: nn.Module, batches: list[Tensor], converted: nn.Module) -> list[dict[str, Tensor]]:
+    """Stock PyTorch's, in float64, batch by batch."""
+    double, trained = copy.deepcopy(stock).double(), tk.conversion_report(converted).trained
+    return [gradients(double, images, trained) for images in batches]
 
 
-def test_in_float32_they_are_as_exact_as_stock_pytorchs(stock, images, converted, exact):
-    trained = tk.conversion_report(converted).trained
+def rounding(model: nn.Module, batches: list[Tensor], exact: list[dict[str, Tensor]]) -> dict[str, float]:
+    """How far off each gradient is, its largest error in ulp of its largest value, root mean square over the batches.
+
+    One batch is one draw: of 159 gradients a few have three times stock PyTorch's error, and a few a third, by chance
+    that changes with the width of a machine's vectors. Over four the draws agree, and twice means something.
+    """
+    trained = tuple(name for name in exact[0] if name != "images")
+    squares = dict.fromkeys(exact[0], 0.0)
+    for images, expected in zip(batches, exact, strict=True):
+        for name, gradient in gradients(model, images, trained).items():
+            off = (gradient.double() - expected[name]).abs().max() / expected[name].abs().max()
+            squares[name] += (off.item() / torch.finfo(torch.float32).eps) ** 2
+    return {name: (square / len(batches)) ** 0.5 for name, square in squares.items()}
+
+
+def test_in_float32_they_are_as_exact_as_stock_pytorchs(stock, batches, converted, exact):
     assert any(isinstance(module, Recomputed) for module in converted.modules())
-    assert {"stem.norm.bias", "classifier.bias"} < set(trained)
-    ours, theirs = gradients(converted, images, trained), gradients(copy.deepcopy(stock), images, trained)
-    for name in exact:
-        assert_as_exact_as_torch(name, ours[name], theirs[name], exact[name])
+    assert {"stem.norm.bias", "classifier.bias"} < set(tk.conversion_report(converted).trained)
+    ours = rounding(converted, batches, exact)
+    theirs = rounding(copy.deepcopy(stock), batches, exact)
+    for name in exact[0]:
+        assert ours[name] <= 2 * theirs[name] + 1, f"{name}: off by {ours[name]:.1f} ulp, stock by {theirs[name]:.1f}"
+    # Twice is for one gradient; all together they are no further off.
+    assert median(ours.values()) <= 1.25 * median(theirs.values())
 
 
-def test_in_float64_they_are_stock_pytorchs(stock, images, converted, exact):
+def test_in_float64_they_are_stock_pytorchs(stock, batches, converted, exact):
     with tk.use_backend("reference"):
-        model = tk.convert(copy.deepcopy(stock).double(), METHOD, example_input=images.double())
-        ours = gradients(model, images, tk.conversion_report(converted).trained)
-    for name in exact:
-        error = ((ours[name] - exact[name]).abs().max() / exact[name].abs().max()).item()
+        model = tk.convert(copy.deepcopy(stock).double(), METHOD, example_input=batches[0].double())
+        ours = gradients(model, batches[0], tk.conversion_report(converted).trained)
+    for name, expected in exact[0].items():
+        error = ((ours[name] - expected).abs().max() / expected.abs().max()).item()
         print(f"{name}: {error:.1e}")
         assert error < 1e-12, f"{name}: {error:.1e}"
