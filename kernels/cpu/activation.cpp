@@ -12,9 +12,9 @@
 //
 // Bound by memory: reads and writes each value once, and a bit or a byte. Biases and their gradients are float32.
 #include "operators.h"
+#include "parallel.h"
 #include "smooth.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
 #include <limits>
@@ -22,12 +22,11 @@
 namespace tinytl::cpu {
 namespace {
 
-// Pixels are cut into as many runs as there are threads; every thread sums over its own.
 constexpr int64_t kSumPixels = 64; // pixels in one chain of additions
 
+// Pixels are cut into as many runs, each with sums of its own.
 int64_t pixel_tasks(int64_t pixels, int64_t channels) {
-  const int64_t worthwhile = ceil_div(pixels * channels, 16384);
-  return std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), worthwhile), 1);
+  return piece_count(ceil_div(pixels * channels, 16384));
 }
 
 template <class Body>
@@ -161,9 +160,9 @@ at::Tensor run_forward(
     const T* from = x.data_ptr<T>();
     T* to = y.data_ptr<T>();
     with_any_activation(kind, [&](auto a) {
-      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      parallel_tasks(tasks, [&](int64_t t) {
         forward_pixels<a.value>(
-            from, to, bits, values, static_cast<float>(slope), channels, pixels * begin / tasks, pixels * end / tasks);
+            from, to, bits, values, static_cast<float>(slope), channels, pixels * t / tasks, pixels * (t + 1) / tasks);
       });
     });
   });
@@ -205,7 +204,7 @@ struct DerivativeCode {
 // Calls body(place, count) for every run of at most kLanes elements, on all threads.
 template <class Body>
 void for_each_vector(int64_t elements, const Body& body) {
-  at::parallel_for(0, ceil_div(elements, kLanes), kGrain / kLanes, [&](int64_t begin, int64_t end) {
+  parallel_pieces(0, ceil_div(elements, kLanes), kGrain / kLanes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       body(i * kLanes, std::min<int64_t>(elements - i * kLanes, kLanes));
     }
@@ -266,18 +265,16 @@ std::tuple<at::Tensor, at::Tensor> activation_backward(
     using T = decltype(zero);
     const T* from = grad_out.data_ptr<T>();
     T* to = need_input ? grad.data_ptr<T>() : nullptr;
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        backward_pixels(
-            from,
-            bits,
-            to,
-            need_bias ? sums + t * length : nullptr,
-            gradient_slopes(kind, negative_slope),
-            channels,
-            pixels * t / tasks,
-            pixels * (t + 1) / tasks);
-      }
+    parallel_tasks(tasks, [&](int64_t t) {
+      backward_pixels(
+          from,
+          bits,
+          to,
+          need_bias ? sums + t * length : nullptr,
+          gradient_slopes(kind, negative_slope),
+          channels,
+          pixels * t / tasks,
+          pixels * (t + 1) / tasks);
     });
   });
   return {grad, reduce_partial(partial, 0, channels, need_bias)};

@@ -89,8 +89,16 @@ TINYTL_INLINE uint32_t pass_bits(Vec x) {
   constexpr uint32_t LANES = (1u << kLanes) - 1;
   if constexpr (A == Activation::relu) {
     return detail::bits_where_false(x <= Vec(0.f));
+#if defined(CPU_CAPABILITY_AVX2)
+  } else if constexpr (A == Activation::relu6) {
+    // As above; the comparison here is one of signed numbers, which adding 2^31 on both sides makes of it.
+    const __m256i below = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF));
+    const __m256i pass = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(0xC0BFFFFFu)), below);
+    return _mm256_movemask_ps(_mm256_castsi256_ps(pass));
+#else
   } else if constexpr (A == Activation::relu6) {
     return ~detail::bits_where_false((x > Vec(0.f)) & (x < Vec(6.f))) & LANES;
+#endif
   } else if constexpr (A == Activation::leaky_relu) {
     return ~detail::bits_where_false(x > Vec(0.f)) & LANES;
   } else {

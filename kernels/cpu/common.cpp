@@ -75,6 +75,9 @@ at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char*
   }
   TORCH_CHECK(
       bias->dim() == 1 && bias->size(0) == channels, name, ": expected (", channels, "), got ", bias->sizes());
+  if (bias->scalar_type() == at::kFloat && bias->is_contiguous() && padded_channels(channels) == channels) {
+    return *bias;
+  }
   at::Tensor padded = at::zeros({padded_channels(channels)}, bias->options().dtype(at::kFloat));
   padded.narrow(0, 0, channels).copy_(*bias);
   return padded;

@@ -62,7 +62,7 @@ struct Bands {
   }
 };
 
-// float32 copy of a bias padded with zeros to whole groups; undefined for no bias.
+// A bias in float32, padded with zeros to whole groups: itself where it is that; undefined for no bias.
 at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name);
 
 // Pixels of a tensor as a GEMM operand: in place when the storage type is the operand type, else converted into scratch

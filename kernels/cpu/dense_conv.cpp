@@ -19,8 +19,7 @@
 
 #include "epilogues.h"
 #include "operators.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -152,10 +151,8 @@ void mask_pixel(const T* from, int64_t channels, const uint8_t* pass, float* sum
 
 template <class Body>
 void for_tasks(const Bands& bands, const Body& body) {
-  at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      body(t, t / bands.per_image, t % bands.per_image);
-    }
+  parallel_tasks(bands.tasks(), [&](int64_t t) {
+    body(t, t / bands.per_image, t % bands.per_image);
   });
 }
 

@@ -5,8 +5,7 @@
 
 #include "frozen_weight.h"
 #include "operators.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace tinytl::cpu {
 
@@ -239,7 +238,7 @@ struct PackedUnits {
       const int64_t last = std::min(first + step, units());
       const int64_t blocks = ceil_div(depth, kTermBlock);
       const int64_t grain = ceil_div(16384, shape.taps() * kTermBlock * kGroup);
-      at::parallel_for(first * blocks, last * blocks, grain, [&](int64_t begin, int64_t end) {
+      parallel_pieces(first * blocks, last * blocks, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(shape.taps() * kTermBlock * kGroup + kGroup * kGroup);
         with_values<T>(weight, [&](const auto& values) {
           for (int64_t i = begin; i < end; ++i) {

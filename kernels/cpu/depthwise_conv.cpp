@@ -9,8 +9,7 @@
 
 #include "epilogues.h"
 #include "frozen_weight.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -228,11 +227,9 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
             s.out_width, static_cast<int>(width / kGroup), row_runs, w.stride_width, init, epilogue);
       }
     };
-    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t band = t % bands.per_image;
-        task(t / bands.per_image, bands.begin(band), bands.begin(band + 1));
-      }
+    parallel_tasks(bands.tasks(), [&](int64_t t) {
+      const int64_t band = t % bands.per_image;
+      task(t / bands.per_image, bands.begin(band), bands.begin(band + 1));
     });
   });
   return {out, mask};
@@ -353,17 +350,15 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const auto own = [&](int64_t band) {
       return band == 0 ? 0 : band == bands.per_image ? s.out_height : first_row(bands.begin(band));
     };
-    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t band = t % bands.per_image;
-        task(
-            t / bands.per_image,
-            bands.begin(band),
-            bands.begin(band + 1),
-            own(band),
-            own(band + 1),
-            partials + t * width);
-      }
+    parallel_tasks(bands.tasks(), [&](int64_t t) {
+      const int64_t band = t % bands.per_image;
+      task(
+          t / bands.per_image,
+          bands.begin(band),
+          bands.begin(band + 1),
+          own(band),
+          own(band + 1),
+          partials + t * width);
     });
   });
   return {grad_input, reduce_partial(partial, 0, s.channels, need_bias)};

@@ -12,9 +12,9 @@
 // AVX-512: 8 x 3 + 3 + 1 of 32. AVX2: 4 x 3 + 3 + 1 of 16. NEON: 6 x 4 + 4 + 1 of 32.
 #pragma once
 
+#include "parallel.h"
 #include "vector.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
@@ -313,7 +313,7 @@ void pack_panels(
   constexpr int STEP = Dot::kStep;
   const int64_t origin = panels.start(first) * padded_depth;
   const int64_t grain = ceil_div(16384, std::max<int64_t>(depth * kGroup, 1));
-  at::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
+  parallel_pieces(first, last, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t start = panels.start(p);
       const int64_t width = panels.width(p);

@@ -14,9 +14,8 @@
 // and sum of squared deviations from that mean, a channel each; those are merged (Chan, Golub, LeVeque 1979) into the
 // task's, and the tasks' and channels' into the group's in double precision, always in the same order.
 #include "operators.h"
+#include "parallel.h"
 #include "smooth.h"
-
-#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <limits>
@@ -92,11 +91,9 @@ struct Shape {
 // Calls body(task, image, first pixel, last) for every band, on all threads.
 template <class Body>
 void for_bands(const Bands& bands, Body&& body) {
-  at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t band = t % bands.per_image;
-      body(t, t / bands.per_image, bands.begin(band), bands.begin(band + 1));
-    }
+  parallel_tasks(bands.tasks(), [&](int64_t t) {
+    const int64_t band = t % bands.per_image;
+    body(t, t / bands.per_image, bands.begin(band), bands.begin(band + 1));
   });
 }
 

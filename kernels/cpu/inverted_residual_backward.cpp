@@ -11,8 +11,7 @@
 
 #include "depthwise.h"
 #include "epilogues.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <algorithm>
 #include <utility>
@@ -367,17 +366,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
       return std::clamp<int64_t>(row, 0, s.out_height);
     };
     float* partials = partial.data_ptr<float>();
-    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t band = t % bands.per_image;
-        backward.task(
-            t / bands.per_image,
-            bands.begin(band),
-            bands.begin(band + 1),
-            first_owned(band),
-            first_owned(band + 1),
-            partials + t * partial.size(1));
-      }
+    parallel_tasks(bands.tasks(), [&](int64_t t) {
+      const int64_t band = t % bands.per_image;
+      backward.task(
+          t / bands.per_image,
+          bands.begin(band),
+          bands.begin(band + 1),
+          first_owned(band),
+          first_owned(band + 1),
+          partials + t * partial.size(1));
     });
   });
   return {

@@ -6,8 +6,7 @@
 
 #include "depthwise.h"
 #include "epilogues.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <algorithm>
 
@@ -311,12 +310,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
       }
       return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
     };
-    at::parallel_for(0, bands.tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t band = t % bands.per_image;
-        forward.task(
-            t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
-      }
+    parallel_tasks(bands.tasks(), [&](int64_t t) {
+      const int64_t band = t % bands.per_image;
+      forward.task(
+          t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
     });
   });
   return {out, mask_expand, mask_depthwise, pooled};

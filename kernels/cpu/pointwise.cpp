@@ -12,8 +12,7 @@
 
 #include "epilogues.h"
 #include "frozen_weight.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -122,13 +121,11 @@ void for_unpacked(const FrozenWeight& weight, const Panels& panels, int64_t dept
 
 // Calls body(task, first pixel, end pixel) for every run; a task owns neighbouring runs.
 template <class Body>
-void for_runs(int64_t pixels, int64_t run, int64_t tasks, const Body& body) {
-  const int64_t runs = ceil_div(pixels, run);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t r = runs * t / tasks; r < runs * (t + 1) / tasks; ++r) {
-        body(t, r * run, std::min((r + 1) * run, pixels));
-      }
+void for_runs(int64_t pixels, int64_t run, const Body& body) {
+  const int64_t runs = ceil_div(pixels, run), tasks = piece_count(runs);
+  parallel_tasks(tasks, [&](int64_t t) {
+    for (int64_t r = runs * t / tasks; r < runs * (t + 1) / tasks; ++r) {
+      body(t, r * run, std::min((r + 1) * run, pixels));
     }
   });
 }
@@ -167,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
       pack_forward<Dot, T>(frozen, depth, panels, first, last, packed);
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
-      for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), at::get_num_threads(), [&](int64_t, int64_t begin, int64_t end) {
+      for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), [&](int64_t, int64_t begin, int64_t end) {
         const int64_t step = s.stride_width * s.in_channels; // operand pixels are `step` elements apart
         const auto operand =
             operand_rows<Dot>(source + s.input_pixel(begin) * s.in_channels, end - begin, s.in_channels, step);
@@ -223,15 +220,14 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
   const Panels panels(s.in_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
   const int64_t padded = padded_channels(s.out_channels);
-  const int64_t tasks = at::get_num_threads();
-  at::Tensor partial = at::zeros({tasks, padded}, grad.options().dtype(at::kFloat));
+  at::Tensor partial = at::zeros({piece_count(s.pixels()), padded}, grad.options().dtype(at::kFloat));
   float* partials = partial.data_ptr<float>();
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
-    const int64_t depth = packed_depth<Dot>(s.out_channels);
+    const int64_t depth = packed_depth<Dot>(s.out_channels), run = s.run_pixels(padded, sizeof(Element));
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
@@ -239,7 +235,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       const bool summing = need_bias && first == 0;
-      for_runs(s.pixels(), s.run_pixels(padded, sizeof(Element)), tasks, [&](int64_t task, int64_t begin, int64_t end) {
+      for_runs(s.pixels(), run, [&](int64_t task, int64_t begin, int64_t end) {
         // g of this run, channels padded to whole groups with zeros, and its sums.
         Element* operand = scratch<Element>(kRows, (end - begin) * padded);
         float* sums = scratch<float>(kSums, padded);

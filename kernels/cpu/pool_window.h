@@ -7,8 +7,7 @@
 #pragma once
 
 #include "operators.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <vector>
 
@@ -117,7 +116,7 @@ class Covers {
 template <class Body>
 void for_rows(int64_t images, int64_t rows, int64_t row_values, const Body& body) {
   const int64_t task_rows = std::max<int64_t>(16384 / std::max<int64_t>(row_values, 1), 1);
-  at::parallel_for(0, images * rows, task_rows, [&](int64_t begin, int64_t end) {
+  parallel_pieces(0, images * rows, task_rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       body(r / rows, r % rows);
     }

@@ -1,7 +1,8 @@
 // See trained_conv.h.
 #include "trained_conv.h"
 
-#include <ATen/Parallel.h>
+#include "parallel.h"
+
 #include <ATen/ops/empty_like.h>
 
 namespace tinytl::cpu {
@@ -40,7 +41,7 @@ struct PackedWeight {
     storage = at::empty({groups * taps * terms * panels.padded()}, source.options().memory_format(std::nullopt));
     float* to = storage.data_ptr<float>();
     const int64_t units = groups * panels.count * conv.kernel;
-    at::parallel_for(0, units, ceil_div(16384, conv.kernel * terms * kLanes), [&](int64_t begin, int64_t end) {
+    parallel_pieces(0, units, ceil_div(16384, conv.kernel * terms * kLanes), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t ky = unit % conv.kernel, panel = unit / conv.kernel % panels.count;
         const int64_t group = unit / conv.kernel / panels.count;
@@ -114,7 +115,7 @@ template <class T>
 void pad_input(const TrainedConv& conv, const T* input, float* padded) {
   const int64_t channels = conv.in_channels, phase = conv.phase_width();
   const int64_t grain = ceil_div(16384, std::max<int64_t>(conv.width * conv.batch * channels, 1));
-  at::parallel_for(0, conv.height, grain, [&](int64_t begin, int64_t end) {
+  parallel_pieces(0, conv.height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t q = 0; q < conv.stride; ++q) {
         for (int64_t u = 0; u < phase; ++u) {
@@ -146,7 +147,7 @@ void trained_conv_forward(const TrainedConv& conv, const float* padded, const at
     column_offsets[kx] = (kx % conv.stride * phase_line + kx / conv.stride * conv.batch) * conv.in_channels;
   }
   // Panels outermost: a thread keeps its part of the weight.
-  at::parallel_for(0, conv.groups * panels.count * conv.out_height, 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(0, conv.groups * panels.count * conv.out_height, 1, [&](int64_t begin, int64_t end) {
     std::vector<Run> runs(conv.taps());
     std::vector<WindowRow> window(conv.kernel);
     alignas(64) float tile[kTileElements];
@@ -189,7 +190,7 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
   const PackedWeight packed(conv, weight, true);
   const auto& panels = packed.panels;
   const int64_t grad_line = conv.gradient_width() * conv.batch, left = conv.left();
-  at::parallel_for(0, conv.groups * panels.count * conv.height, 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(0, conv.groups * panels.count * conv.height, 1, [&](int64_t begin, int64_t end) {
     std::vector<Run> runs(conv.taps());
     std::vector<WindowRow> window(conv.kernel);
     alignas(64) float tile[kTileElements];
@@ -307,7 +308,7 @@ void trained_conv_backward_weight(
         }
       }
     };
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    parallel_pieces(0, units, 1, [&](int64_t begin, int64_t end) {
       const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), end - begin);
       float* sum = scratch<float>(kRows, held * tile_elements);
       std::vector<Run> runs(chunk);

@@ -11,8 +11,7 @@
 #pragma once
 
 #include "common.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 #include <vector>
 
@@ -72,7 +71,7 @@ struct TrainedNorm {
   // Calls body(task, first row, end row).
   template <class Body>
   void for_tasks(const Body& body) const {
-    at::parallel_for(0, tasks(), 1, [&](int64_t begin, int64_t end) {
+    parallel_pieces(0, tasks(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         body(task, task * task_rows(), std::min((task + 1) * task_rows(), rows()));
       }

@@ -6,8 +6,7 @@
 // Forward reads main and branch once and writes out, which may be main. Backward is a gather: a task owns rows of
 // dbranch; it first adds up the weighted rows of dout in a float32 row of scratch, then the weighted columns of that.
 #include "operators.h"
-
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -66,7 +65,7 @@ void add_rows(const at::Tensor& main, const at::Tensor& branch, at::Tensor& out)
     const T* source = branch.data_ptr<T>();
     T* target = out.data_ptr<T>();
     const int64_t grain = std::max<int64_t>(16384 / std::max<int64_t>(width * channels, 1), 1);
-    at::parallel_for(0, main.size(0) * height, grain, [&](int64_t begin, int64_t end) {
+    parallel_pieces(0, main.size(0) * height, grain, [&](int64_t begin, int64_t end) {
       for (int64_t line = begin; line < end; ++line) {
         const int64_t image = line / height, row = line % height;
         const T* low = source + (image * branch_height + rows.low[row]) * branch_width * channels;
@@ -130,7 +129,7 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
     const T* source = grad.data_ptr<T>();
     T* target = grad_branch.data_ptr<T>();
     const int64_t grain = std::max<int64_t>(16384 / std::max<int64_t>(width * channels, 1), 1);
-    at::parallel_for(0, branch_size[0] * branch_height, grain, [&](int64_t begin, int64_t end) {
+    parallel_pieces(0, branch_size[0] * branch_height, grain, [&](int64_t begin, int64_t end) {
       float* combined = scratch<float>(kRows, width * padded);
       for (int64_t line = begin; line < end; ++line) {
         const int64_t image = line / branch_height, row = line % branch_height;
