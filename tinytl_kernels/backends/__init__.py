@@ -5,7 +5,9 @@ Arrows run one way: ``ops`` asks :func:`implementation` for a function by operat
 
 * ``unavailable_reason() -> str | None``: why it cannot run on this machine, or None;
 * ``cannot_take(tensor) -> str | None``: why it cannot take this tensor, or None;
-* ``OPERATORS: dict[str, Callable]``: its implementations, with the signature of the operator's schema.
+* ``OPERATORS: dict[str, Callable]``: its implementations, with the signature of the operator's schema;
+* ``DIFFERENTIABLE: dict[str, Callable]``, if it has any: operators that it differentiates by itself, faster than Python
+  does. Same arguments; the outputs with their history, or None where it leaves these arguments to the operator.
 
 Operators that a backend does not define are computed by ``reference``, which defines every one.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -45,7 +48,9 @@ def backend_module(name: str) -> ModuleType:
     """The subpackage of a backend; raises ``ValueError`` with the known names for an unknown one."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
-    return importlib.import_module(f"{__name__}.{name}")
+    path = f"{__name__}.{name}"
+    # Asked for by every operator: importlib takes longer to find a module that is loaded than the choice itself.
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 def available_backends() -> dict[str, str]:
@@ -91,17 +96,22 @@ def use_backend(name: str) -> Iterator[None]:
 
 def implementation(operator: str, tensor: torch.Tensor) -> Callable:
     """The function that computes ``operator`` for ``tensor``, by device, dtype and what is forced."""
+    return backend_of(operator, tensor).OPERATORS[operator]
+
+
+def backend_of(operator: str, tensor: torch.Tensor) -> ModuleType:
+    """The backend that computes ``operator`` for ``tensor``, by device, dtype and what is forced."""
     forced = _forced[-1].name if _forced else os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         _require_available(forced)
         module = backend_module(forced)
         if reason := module.cannot_take(tensor):
             raise RuntimeError(f"backend {forced!r} is forced but cannot take this tensor: {reason}")
-        return module.OPERATORS.get(operator) or backend_module("reference").OPERATORS[operator]
+        return module if operator in module.OPERATORS else backend_module("reference")
     for name in AUTOMATIC:
         module = backend_module(name)
         if operator in module.OPERATORS and not module.cannot_take(tensor) and not module.unavailable_reason():
-            return module.OPERATORS[operator]
+            return module
     raise AssertionError(f"no backend implements {operator!r}")  # reference implements all, by its tests
 
 

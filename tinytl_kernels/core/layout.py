@@ -19,12 +19,13 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
 def _strides_are_channels_last(tensor: torch.Tensor) -> bool:
     # The test of c10's is_channels_last_strides_2d: it also tells (N, C, 1, 1) tensors apart by the strides that an
     # earlier operator gave them, and recognises slices of channels_last tensors.
-    if tensor.dim() != 4 or tensor.stride(1) == 0:
+    sizes, strides = tensor.shape, tensor.stride()  # once: an operator asks for every one of its tensors
+    if len(sizes) != 4 or strides[1] == 0:
         return False
     smallest = 0
     for dim in (1, 3, 2, 0):
-        size, stride = tensor.size(dim), tensor.stride(dim)
-        if size == 0 or stride < smallest or (dim == 0 and smallest == tensor.stride(1)):
+        size, stride = sizes[dim], strides[dim]
+        if size == 0 or stride < smallest or (dim == 0 and smallest == strides[1]):
             return False
         smallest = stride * size if size > 1 else stride
     return True

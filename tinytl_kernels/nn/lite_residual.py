@@ -130,33 +130,37 @@ class LiteResidual(nn.Module):
             return input.mean((2, 3), keepdim=True)
         return ops.avg_pool2d(input, self.downsample)
 
+    def _children(self) -> tuple[nn.Module, ...]:
+        # A small branch computes for about as long as nn.Module.__getattr__ takes to look its children up twice.
+        children = self._modules
+        return children["conv1"], children["bn1"], children["act"], children["conv2"], children["final_bn"]
+
     def _one_operator(self, pooled: Tensor) -> Tensor:
+        conv1, norm1, act, conv2, norm2 = self._children()
         output, *statistics = ops.lite_branch(
             pooled,
-            self.conv1.weight,
-            _as_operand(self.bn1),
-            self.conv2.weight,
-            _as_operand(self.final_bn),
-            self.conv1.stride[0],
-            self.conv1.groups,
-            _ACTIVATION_NAMES[type(self.act)],
+            conv1._parameters["weight"],
+            _as_operand(norm1),
+            conv2._parameters["weight"],
+            _as_operand(norm2),
+            conv1.stride[0],
+            conv1.groups,
+            _ACTIVATION_NAMES[type(act)],
             not self.recompute,
         )
-        pixels = output.numel() // output.size(1)
-        for norm, (mean, var) in zip((self.bn1, self.final_bn), statistics, strict=True):
-            if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
-                _update_running_statistics(norm, mean, var, pixels)
+        _update_running_statistics((norm1, norm2), statistics, output.numel() // output.size(1))
         return output
 
     def _is_one_operator(self, pooled: Tensor) -> bool:
         """Whether the operator computes what the children would: they may have been replaced since."""
-        conv1, conv2, norms = self.conv1, self.conv2, (self.bn1, self.final_bn)
+        conv1, norm1, act, conv2, norm2 = self._children()
+        norms = (norm1, norm2)
         if (
             any(type(conv) is not nn.Conv2d or conv.bias is not None for conv in (conv1, conv2))
             or any(type(norm) not in (nn.BatchNorm2d, nn.GroupNorm) for norm in norms)
             # Pruning and weight_norm compute the weight in a hook.
             or any(module._parameters.get("weight") is None for module in (conv1, conv2, *norms))
-            or type(self.act) not in _ACTIVATION_NAMES
+            or type(act) not in _ACTIVATION_NAMES
         ):
             return False
         k, stride = conv1.kernel_size[0], conv1.stride[0]
@@ -170,7 +174,8 @@ class LiteResidual(nn.Module):
         if pooled.dim() != 4 or pooled.size(1) != conv1.in_channels or pooled.numel() == 0:
             return False
         # In this order: the meta device knows no autocast.
-        same = pooled.dtype == conv1.weight.dtype == conv2.weight.dtype or torch.is_autocast_enabled(pooled.device.type)
+        dtypes = {conv._parameters["weight"].dtype for conv in (conv1, conv2)}
+        same = dtypes == {pooled.dtype} or torch.is_autocast_enabled(pooled.device.type)
         one_pixel = pooled.size(0) == 1 and max(pooled.shape[2:]) <= stride
         return same and not (one_pixel and any(map(_normalises_channels, norms)))
 
@@ -208,10 +213,11 @@ _ACTIVATION_NAMES = {ReLU: "relu", ReLU6: "relu6", nn.ReLU: "relu", nn.ReLU6: "r
 
 
 def _as_operand(norm: nn.BatchNorm2d | nn.GroupNorm) -> ops.Norm:
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     if isinstance(norm, nn.GroupNorm):
-        return ops.Norm(norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
+        return ops.Norm(weight, bias, groups=norm.num_groups, eps=norm.eps)
     running = (None, None) if _uses_batch(norm) else (norm.running_mean, norm.running_var)
-    return ops.Norm(norm.weight, norm.bias, *running, eps=norm.eps)
+    return ops.Norm(weight, bias, *running, eps=norm.eps)
 
 
 def _uses_batch(norm: nn.BatchNorm2d) -> bool:
@@ -223,18 +229,33 @@ def _normalises_channels(norm: nn.BatchNorm2d | nn.GroupNorm) -> bool:
     return norm.num_groups == norm.num_channels if isinstance(norm, nn.GroupNorm) else _uses_batch(norm)
 
 
-def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, values: int) -> None:
-    """As ``BatchNorm2d.forward``, from the mean and biased variance of ``values`` values a channel."""
-    share = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if share is None:  # the average of all batches
-            share = norm.num_batches_tracked.reciprocal()
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    share = 0.0 if share is None else share
-    for running, measured in ((norm.running_mean, mean), (norm.running_var, var * (values / (values - 1)))):
-        running.lerp_(measured.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
+def _update_running_statistics(norms: tuple[nn.Module, ...], statistics: list[Tensor], values: int) -> None:
+    """As ``BatchNorm2d.forward``: ``statistics`` holds mean and biased variance of ``values`` values a channel."""
+    tracking = [
+        (norm._buffers, norm.momentum, *measured.unbind())
+        for norm, measured in zip(norms, statistics, strict=True)
+        if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats
+    ]
+    counters = [buffers["num_batches_tracked"] for buffers, *_ in tracking]
+    if counters := [counter for counter in counters if counter is not None]:
+        torch._foreach_add_(counters, 1)
+    unbiased = values / (values - 1) if tracking else 1.0
+    tracking = [norm for norm in tracking if norm[0]["running_mean"] is not None]
+    for momentum in {momentum for _, momentum, *_ in tracking}:
+        group = [norm for norm in tracking if norm[1] == momentum]
+        if momentum is None:  # the average of all batches
+            for buffers, _, mean, var in group:
+                if buffers["num_batches_tracked"] is None:
+                    continue  # as BatchNorm2d: it does not know how many there were
+                share = buffers["num_batches_tracked"].reciprocal()
+                for running, measured in ((buffers["running_mean"], mean), (buffers["running_var"], var * unbiased)):
+                    running.lerp_(measured.to(running.dtype), share.to(running.dtype))
+            continue
+        # All norms in three calls: one by one, they took as long as the branch.
+        means, vars = ([buffers[name] for buffers, *_ in group] for name in ("running_mean", "running_var"))
+        torch._foreach_mul_(means + vars, 1 - momentum)
+        torch._foreach_add_(means, [mean for *_, mean, _ in group], alpha=momentum)
+        torch._foreach_add_(vars, [var for *_, var in group], alpha=momentum * unbiased)
 
 
 class LiteResidualBlock(nn.Module):

@@ -5,7 +5,8 @@ Every operator lives in the torch namespace ``tinytl`` (``torch.ops.tinytl.froze
 
 In plain eager mode nobody looks at an operator through the dispatcher, whose layers cost an operator written in Python
 as much as a small block computes (forward and backward of a tiny block: 181 us through it, 107 past it):
-:class:`Operator` then calls the same functions directly, through a ``torch.autograd.Function``.
+:class:`Operator` then calls the same functions directly, through a ``torch.autograd.Function``, or, of a backend that
+differentiates by itself, the functions that do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tinytl_kernels.backends import implementation
+from tinytl_kernels.backends import backend_of, implementation
 
 NAMESPACE = "tinytl"
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
@@ -70,10 +71,14 @@ class Operator:
 
     def _run(self, args: tuple):
         self._check(*args)
-        compute = implementation(self.name, args[0])
-        if gradient_needed(*args):
-            return self._function.apply(*args, compute)
-        return compute(*args)
+        backend = backend_of(self.name, args[0])
+        compute = backend.OPERATORS[self.name]
+        if not gradient_needed(*args):
+            return compute(*args)
+        differentiable = getattr(backend, "DIFFERENTIABLE", _NONE).get(self.name)
+        if differentiable is not None and (outputs := differentiable(*args)) is not None:
+            return outputs
+        return self._function.apply(*args, compute)
 
 
 def _plain_eager(args: tuple) -> bool:
@@ -88,6 +93,7 @@ def _plain_eager(args: tuple) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NONE: dict[str, Callable] = {}
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type:

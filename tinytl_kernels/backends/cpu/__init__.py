@@ -27,6 +27,11 @@ OPERATORS = {
     **pooling.OPERATORS,
     **upsample_add.OPERATORS,
 }
+DIFFERENTIABLE = {
+    **frozen_inverted_residual.DIFFERENTIABLE,
+    **lite_branch.DIFFERENTIABLE,
+    **upsample_add.DIFFERENTIABLE,
+}
 
 
 def unavailable_reason() -> str | None:

@@ -62,6 +62,14 @@ def frozen_inverted_residual_backward(
     return (grad_input, *grad_biases)
 
 
+def differentiable(input: Tensor, *arguments) -> tuple[Tensor, ...] | None:
+    """The operator with its derivative in C++ (``autograd.cpp``)."""
+    stride, _, activation = arguments[6:9]
+    if not _fused(stride, activation) or memory_format(input) is not torch.channels_last:
+        return None
+    return torch.ops.tinytl_cpu.frozen_inverted_residual(input, *arguments)
+
+
 def _fused(stride, activation: str | None) -> bool:
     return activation in _ACTIVATIONS and stride[0] == stride[1]
 
@@ -70,3 +78,4 @@ OPERATORS = {
     "frozen_inverted_residual": frozen_inverted_residual,
     "frozen_inverted_residual_backward": frozen_inverted_residual_backward,
 }
+DIFFERENTIABLE = {"frozen_inverted_residual": differentiable}

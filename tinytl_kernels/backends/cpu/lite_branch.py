@@ -22,4 +22,12 @@ def lite_branch_backward(grad_output: Tensor, pooled: Tensor, *arguments) -> tup
     return grad_pooled, *grads
 
 
+def differentiable(pooled: Tensor, *arguments) -> tuple[Tensor, ...] | None:
+    """The operator with its derivative in C++ (``autograd.cpp``)."""
+    if memory_format(pooled) is not torch.channels_last:
+        return None
+    return torch.ops.tinytl_cpu.lite_branch(pooled, *arguments)
+
+
+DIFFERENTIABLE = {"lite_branch": differentiable}
 OPERATORS = {"lite_branch": lite_branch, "lite_branch_backward": lite_branch_backward}

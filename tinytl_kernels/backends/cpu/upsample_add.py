@@ -21,4 +21,12 @@ def upsample_add_backward(grad_output: Tensor, branch_size, is_channels_last: bo
     return in_layout(grad_branch, format_of(is_channels_last))
 
 
+def differentiable(main: Tensor, branch: Tensor) -> Tensor | None:
+    """The operator with its derivative in C++ (``autograd.cpp``)."""
+    if not (memory_format(main) is memory_format(branch) is torch.channels_last):
+        return None
+    return torch.ops.tinytl_cpu.upsample_add(main, branch)
+
+
+DIFFERENTIABLE = {"upsample_add": differentiable}
 OPERATORS = {"upsample_add": upsample_add, "upsample_add_backward": upsample_add_backward}

@@ -1,0 +1,177 @@
+"""Operators that a backend differentiates by itself equal the same operators under Python's autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tinytl_kernels as tk
+from tinytl_kernels import ops
+from tinytl_kernels.backends import backend_module
+from tinytl_kernels.ops.lite_branch import Norm, lite_branch
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+CPU = backend_module("cpu")
+
+
+def channels_last(*size: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def block(x, biases):
+    weights = [torch.randn(size, generator=torch.Generator().manual_seed(5)) for size in
+               ((24, 8, 1, 1), (24, 1, 3, 3), (8, 24, 1, 1))]  # fmt: skip
+    expand, depthwise, project = biases
+    arguments = (weights[0], expand, weights[1], depthwise, weights[2], project)
+    return ops.frozen_inverted_residual_pooled(x, *arguments, residual=True)
+
+
+def branch(x, parameters, running=None):
+    weight1, scale1, bias1, weight2, scale2 = parameters
+    norm1 = Norm(scale1, bias1, *(running or (None, None)))
+    return lite_branch(x, weight1, norm1, weight2, Norm(scale2, None, groups=2), groups=2, stride=2)
+
+
+def block_case():
+    return (channels_last(3, 8, 7, 9), torch.randn(24), torch.randn(24), torch.randn(8)), lambda x, *b: block(x, b)
+
+
+def branch_case():
+    sizes = ((8, 4, 3, 3), (8,), (8,), (6, 8, 1, 1), (6,))
+    return (channels_last(3, 8, 7, 9), *map(torch.randn, sizes)), lambda x, *p: branch(x, p)[:1]
+
+
+def upsampling_case():
+    return (channels_last(3, 8, 7, 9), channels_last(3, 8, 3, 5)), lambda x, y: (ops.upsample_add(x, y),)
+
+
+CASES = {"frozen_inverted_residual": block_case, "lite_branch": branch_case, "upsample_add": upsampling_case}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    inputs, function = CASES[request.param]()
+    return request.param, inputs, function
+
+
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, int]:
+    """How often C++ took an operator, by name."""
+    counts: dict[str, int] = {}
+
+    def counting(name, function):
+        def call(*args):
+            outputs = function(*args)
+            counts[name] = counts.get(name, 0) + (outputs is not None)
+            return outputs
+
+        return call
+
+    for name, function in CPU.DIFFERENTIABLE.items():
+        monkeypatch.setitem(CPU.DIFFERENTIABLE, name, counting(name, function))
+    return counts
+
+
+def gradients(function, inputs, wanted, pythons=None):
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_(w) for t, w in
+              zip(inputs, wanted, strict=True)]  # fmt: skip
+    torch.manual_seed(1)
+    outputs = [o for o in function(*leaves) if o.is_floating_point() and o.requires_grad]
+    loss = sum((o * torch.randn(o.shape)).sum() for o in outputs)
+    loss.backward()
+    return [o.detach() for o in outputs], [leaf.grad for leaf in leaves]
+
+
+def test_every_one_of_them_is_tested():
+    assert set(CASES) == set(CPU.DIFFERENTIABLE)
+
+
+def test_values_and_gradients_are_bit_for_bit_those_of_pythons_autograd(case, counted, monkeypatch):
+    name, inputs, function = case
+    everything = [True] * len(inputs)
+    for one_missing in range(-1, len(inputs)):  # what is not needed is not given, and the rest stays the same
+        wanted = [w and i != one_missing for i, w in enumerate(everything)]
+        taken = counted.get(name, 0)
+        outputs, grads = gradients(function, inputs, wanted)
+        assert counted[name] == taken + 1
+        with monkeypatch.context() as patch:
+            patch.delitem(CPU.DIFFERENTIABLE, name)
+            expected_outputs, expected = gradients(function, inputs, wanted)
+        assert counted[name] == taken + 1
+        for i, (a, b) in enumerate(zip(outputs, expected_outputs, strict=True)):
+            assert torch.equal(a, b), f"{name}: output {i}"
+        for i, (a, b) in enumerate(zip(grads, expected, strict=True)):
+            assert (a is None) == (b is None) == (not wanted[i]), f"{name}: argument {i}"
+            assert a is None or torch.equal(a, b), f"{name}: gradient of argument {i}"
+
+
+def test_they_keep_the_same_bytes(case, monkeypatch):
+    name, inputs, function = case
+
+    def kept() -> list[tuple]:
+        saved = []
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+        pack = lambda t: (saved.append((tuple(t.shape), t.dtype)), t)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            function(*leaves)
+        return sorted(saved, key=str)
+
+    ours = kept()
+    monkeypatch.delitem(CPU.DIFFERENTIABLE, name)
+    assert ours == kept()
+
+
+def test_a_second_derivative_is_an_error_where_it_is_asked_for(case, counted):
+    name, inputs, function = case
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    output = function(*leaves)[0]
+    first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+    assert counted[name] == 1
+    with pytest.raises(RuntimeError, match=f"tinytl::{name}_backward has no second derivative.*to_torch"):
+        sum(g.sum() for g in first).backward()
+
+
+def test_a_second_backward_says_so(case):
+    _, inputs, function = case
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    output = function(*leaves)[0].square().sum()
+    output.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()
+
+
+def test_a_weight_changed_in_place_before_backward_is_noticed():
+    x, w1 = channels_last(2, 8, 6, 6), torch.randn(8, 4, 3, 3, requires_grad=True)
+    output, _, _ = lite_branch(x, w1, Norm(None, None), torch.randn(6, 8, 1, 1), Norm(None, None), groups=2)
+    with torch.no_grad():
+        w1.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_statistics_given_are_not_those_of_the_batch(counted):
+    inputs, _ = branch_case()
+    running = (torch.randn(8), torch.rand(8) + 0.5)
+    x = inputs[0].requires_grad_()
+    branch(x, inputs[1:], running)[0].sum().backward()
+    assert counted == {"lite_branch": 1}
+    ours, x.grad = x.grad, None
+    with tk.use_backend("reference"):
+        branch(x, inputs[1:], running)[0].sum().backward()
+    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_get_gradients_of_their_own_dtype(dtype, counted):
+    biases = [torch.randn(size, dtype=kind, requires_grad=True) for size, kind in
+              ((24, dtype), (24, torch.float32), (8, dtype))]  # fmt: skip
+    output, _ = block(channels_last(2, 8, 6, 6, dtype=dtype), biases)
+    output.float().sum().backward()
+    assert counted == {"frozen_inverted_residual": 1}
+    assert [b.grad.dtype for b in biases] == [b.dtype for b in biases]
+
+
+def test_nchw_is_left_to_python(counted):
+    block(torch.randn(2, 8, 6, 6, requires_grad=True), (None, None, None))[0].sum().backward()
+    assert not any(counted.values())
