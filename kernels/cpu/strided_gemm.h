@@ -1,7 +1,8 @@
 // Small float32 GEMM over runs of evenly spaced terms: the arithmetic of the trained convolutions.
 //
-//     C[m, n] = sum over runs, over k < depth of the run, of  a[m * row_stride + k * a_step] * b[k * b_step + n]
+//     C[m, n] = sum over runs, over k < depth of the run, of  a[shift + m * row_stride + k * a_step] * b[k * b_step + n]
 //
+// `shift` moves a list of runs from tile to tile, so that it is made once for all tiles that meet the same taps.
 // A run is one tap of a convolution window. Forward and input gradient read A where it lies (rows are pixels, k
 // channels) and B packed in panels; a weight gradient reads both where they lie (rows are channels, k pixels). A
 // border is a run left out or zeros that the caller keeps in A.
@@ -56,7 +57,8 @@ namespace detail {
 
 // tile[m][n] = or += the product; tile rows are VECS vectors wide.
 template <int ROWS, int VECS>
-void strided_tile(const Run* runs, int64_t num_runs, const Strides& strides, bool accumulate, float* tile) {
+void strided_tile(
+    const Run* runs, int64_t num_runs, int64_t shift, const Strides& strides, bool accumulate, float* tile) {
   Vec sum[ROWS][VECS];
   TINYTL_UNROLL
   for (int m = 0; m < ROWS; ++m) {
@@ -67,8 +69,8 @@ void strided_tile(const Run* runs, int64_t num_runs, const Strides& strides, boo
   }
   const int64_t row = strides.row, a_step = strides.a_step, b_step = strides.b_step;
   for (const Run* run = runs; run < runs + num_runs; ++run) {
-    const float* upper = run->a;
-    const float* lower = run->a + 8 * row;
+    const float* upper = run->a + shift;
+    const float* lower = upper + 8 * row;
     const float* b = run->b;
     for (int64_t k = 0; k < run->depth; ++k) {
       Vec values[VECS];
@@ -99,7 +101,7 @@ void strided_tile(const Run* runs, int64_t num_runs, const Strides& strides, boo
   }
 }
 
-using TileFunction = void (*)(const Run*, int64_t, const Strides&, bool, float*);
+using TileFunction = void (*)(const Run*, int64_t, int64_t, const Strides&, bool, float*);
 
 template <int VECS, size_t... I>
 constexpr std::array<TileFunction, 16> tiles_of(std::index_sequence<I...>) {
@@ -120,7 +122,14 @@ inline constexpr auto kTiles = all_tiles(std::make_index_sequence<kTileVecs>());
 constexpr int64_t kChainTerms = 96;
 
 inline void strided_gemm(
-    int rows, int vecs, const Run* runs, int64_t num_runs, const Strides& strides, bool accumulate, float* tile) {
+    int rows,
+    int vecs,
+    const Run* runs,
+    int64_t num_runs,
+    int64_t shift,
+    const Strides& strides,
+    bool accumulate,
+    float* tile) {
   const auto function = detail::kTiles[vecs - 1][rows - 1];
   int64_t begin = 0;
   do { // once for no run at all: the tile is zeros then
@@ -128,7 +137,7 @@ inline void strided_gemm(
     while (end < num_runs && terms < kChainTerms) {
       terms += runs[end++].depth;
     }
-    function(runs + begin, end - begin, strides, accumulate, tile);
+    function(runs + begin, end - begin, shift, strides, accumulate, tile);
     accumulate = true;
     begin = end;
   } while (begin < num_runs);

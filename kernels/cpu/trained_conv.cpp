@@ -21,6 +21,13 @@ struct WindowRow {
   const float* b;
 };
 
+// `count` floats, by vectors: short rows, for which a call of memmove takes longer than the copy.
+TINYTL_INLINE void copy_row(const float* from, int64_t count, float* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    store_channels(to + c, load_channels(from + c, count - c), count - c);
+  }
+}
+
 // One weight as a (columns x terms) matrix per group and tap, packed as [group][panel][tap][term][column].
 struct PackedWeight {
   int64_t groups, taps, terms;
@@ -52,7 +59,7 @@ struct PackedWeight {
           float* target = to + offset(group, panel) + (ky * conv.kernel + kx) * terms * width;
           for (int64_t k = 0; k < terms; ++k) {
             if (column_stride == 1) {
-              std::copy_n(source_tap + k * term_stride, valid, target + k * width);
+              copy_row(source_tap + k * term_stride, valid, target + k * width);
             } else {
               for (int64_t n = 0; n < valid; ++n) {
                 target[k * width + n] = source_tap[k * term_stride + n * column_stride];
@@ -167,18 +174,23 @@ void trained_conv_forward(const TrainedConv& conv, const float* padded, const at
         }
       }
       T* target = y + oy * line * conv.out_channels + group * conv.group_out() + panels.start(panel);
+      int64_t count = 0;
+      std::pair<int64_t, int64_t> columns(0, 0); // of the window, that `runs` are for
       for_row_tiles(line, conv.batch, vecs, [&](int64_t row, int rows) {
         const int64_t first = row / conv.batch, last = (row + rows - 1) / conv.batch; // columns of the tile
-        const int64_t left = std::max<int64_t>(conv.padding - last * conv.stride, 0);
-        const int64_t right = std::min(conv.padding + conv.width - first * conv.stride, conv.kernel);
-        int64_t count = 0;
-        for (int64_t w = 0; w < window_rows; ++w) {
-          for (int64_t kx = left; kx < right; ++kx) {
-            const float* a = window[w].a + column_offsets[kx] + row * conv.in_channels;
-            runs[count++] = {a, window[w].b + kx * tap_elements, packed.terms};
+        const std::pair inside_image(
+            std::max<int64_t>(conv.padding - last * conv.stride, 0),
+            std::min(conv.padding + conv.width - first * conv.stride, conv.kernel));
+        if (inside_image != columns) {
+          columns = inside_image;
+          count = 0;
+          for (int64_t w = 0; w < window_rows; ++w) {
+            for (int64_t kx = columns.first; kx < columns.second; ++kx) {
+              runs[count++] = {window[w].a + column_offsets[kx], window[w].b + kx * tap_elements, packed.terms};
+            }
           }
         }
-        strided_gemm(rows, vecs, runs.data(), count, strides, false, tile);
+        strided_gemm(rows, vecs, runs.data(), count, row * conv.in_channels, strides, false, tile);
         store_tile(tile, rows, vecs, panels.valid(panel), target + row * conv.out_channels, conv.out_channels);
       });
     }
@@ -215,18 +227,26 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
       for (int64_t q = 0; q < conv.stride; ++q) {
         const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
         const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
+        int64_t count = 0;
+        std::pair<int64_t, int64_t> columns(0, 0); // j that `runs` are for
         for_row_tiles((v1 - v0) * conv.batch, conv.batch, vecs, [&](int64_t row, int rows) {
           const int64_t first = v0 + row / conv.batch, last = v0 + (row + rows - 1) / conv.batch;
-          int64_t count = 0;
-          for (int64_t w = 0; w < window_rows; ++w) {
-            for (int64_t kx = q, j = 0; kx < conv.kernel; kx += conv.stride, ++j) {
-              if (last >= j && first - j < conv.out_width) {
-                const float* a = window[w].a + ((left + v0 - j) * conv.batch + row) * conv.out_channels;
-                runs[count++] = {a, window[w].b + kx * tap_elements, packed.terms};
+          const std::pair inside_image(
+              std::max<int64_t>(first - conv.out_width + 1, 0),
+              std::min(last + 1, ceil_div(conv.kernel - q, conv.stride)));
+          if (inside_image != columns) {
+            columns = inside_image;
+            count = 0;
+            for (int64_t w = 0; w < window_rows; ++w) {
+              for (int64_t j = columns.first; j < columns.second; ++j) {
+                runs[count++] = {
+                    window[w].a + (left + v0 - j) * conv.batch * conv.out_channels,
+                    window[w].b + (q + j * conv.stride) * tap_elements,
+                    packed.terms};
               }
             }
           }
-          strided_gemm(rows, vecs, runs.data(), count, strides, false, tile);
+          strided_gemm(rows, vecs, runs.data(), count, row * conv.out_channels, strides, false, tile);
           // Row by row: an image's pixels lie far from the next image's.
           int64_t column = first * conv.stride + q - conv.padding, image = row % conv.batch;
           for (int m = 0; m < rows; ++m) {
@@ -257,6 +277,11 @@ void trained_conv_backward_weight(
   float* target = sums.data_ptr<float>();
   const int64_t out_stride = sums.stride(0), in_stride = sums.stride(1);
   const int64_t row_stride = sums.stride(2), column_stride = sums.stride(3);
+  std::vector<std::pair<int64_t, int64_t>> inside_columns, inside_rows; // of each tap
+  for (int64_t k = 0; k < conv.kernel; ++k) {
+    inside_columns.push_back(inside(k, conv.width, conv.out_width, conv));
+    inside_rows.push_back(inside(k, conv.height, conv.out_height, conv));
+  }
   for (int64_t p = 0; p < panels.count; ++p) {
     const int vecs = panels.width_vecs(p);
     const int64_t most = max_tile_rows(vecs), tiles = ceil_div(conv.group_out(), most);
@@ -269,8 +294,8 @@ void trained_conv_backward_weight(
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t t = unit % tiles, tap = unit / tiles % conv.taps(), group = unit / tiles / conv.taps();
           const int64_t ky = tap / conv.kernel, kx = tap % conv.kernel;
-          const auto [x0, x1] = inside(kx, conv.width, conv.out_width, conv);
-          const auto [y0, y1] = inside(ky, conv.height, conv.out_height, conv);
+          const auto [x0, x1] = inside_columns[kx];
+          const auto [y0, y1] = inside_rows[ky];
           int64_t count = 0;
           for (int64_t oy = std::max(y, y0); oy < std::min(y + chunk, y1) && x0 < x1; ++oy) {
             const int64_t iy = oy * conv.stride - conv.padding + ky;
@@ -285,7 +310,7 @@ void trained_conv_backward_weight(
           if (count > 0 || y == 0) {
             const int rows = static_cast<int>(row_of(t + 1) - row_of(t));
             float* tile = sum + (unit - begin) * tile_elements;
-            strided_gemm(rows, vecs, runs.data(), count, strides, y > 0, tile);
+            strided_gemm(rows, vecs, runs.data(), count, 0, strides, y > 0, tile);
           }
         }
       }
@@ -299,7 +324,7 @@ void trained_conv_backward_weight(
           float* to = target + o * out_stride + panels.start(p) * in_stride + tap / conv.kernel * row_stride +
               tap % conv.kernel * column_stride;
           if (in_stride == 1) {
-            std::copy_n(tile, panels.valid(p), to);
+            copy_row(tile, panels.valid(p), to);
             continue;
           }
           for (int64_t i = 0; i < panels.valid(p); ++i) {
