@@ -19,6 +19,7 @@ from benchmarks.gpu.operators import Difference, OperatorCase, difference
 from benchmarks.interleave import Rounds, interleave
 from benchmarks.kernels import KernelCase
 from benchmarks.machine import arithmetic_gflops, machine
+from tinytl_kernels.backends import backend_module
 
 try:
     import resource
@@ -173,6 +174,8 @@ def computed_by(run: Run) -> list[str]:
         run()
     names = [event.name for event in profile.events()]
     ours = [name.removeprefix("tinytl_cpu::") for name in names if name.startswith("tinytl_cpu::")]
+    wrappers = backend_module(BACKEND).DIFFERENTIABLE  # a kernel and its derivative, shown by their own names
+    ours = [name for name in ours if name not in wrappers]
     library = ["oneDNN"] if any("convolution" in name for name in names) else []
     return list(dict.fromkeys(library + ours)) or ["ATen"]
 

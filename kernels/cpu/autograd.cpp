@@ -8,12 +8,17 @@
 #include "lite_branch.h"
 #include "operators.h"
 
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -31,6 +36,9 @@ at::Tensor or_undefined(const OptionalTensor& tensor) {
 OptionalTensor or_none(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
+
+// Profilers show a kernel that is called from here by the name that it is registered with.
+#define TINYTL_RECORDED(name) RECORD_FUNCTION("tinytl_cpu::" name, c10::ArrayRef<const c10::IValue>())
 
 // Counts autograd's edges as torch::autograd::Function does: one for every tensor argument that is there.
 class Edges {
@@ -130,6 +138,7 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
     const int64_t to_depthwise = edges.of(depthwise_bias);
     edges.of(project_weight);
     const int64_t to_project = edges.of(project_bias);
+    TINYTL_RECORDED("inverted_residual_forward");
     auto [out, expand_mask, depthwise_mask, pooled] = inverted_residual_forward(
         input, expand_weight, expand_scale, expand_bias, depthwise_weight, depthwise_scale, depthwise_bias,
         project_weight, project_scale, project_bias, stride[0], padding, act, residual, needs_masks, want_pooled);
@@ -163,6 +172,7 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
     for (int i = 0; i < 4; ++i) {
       need[i] = needed(ctx, edges[i]);
     }
+    TINYTL_RECORDED("inverted_residual_backward");
     auto [grad_input, grad_expand, grad_depthwise, grad_project] = inverted_residual_backward(
         grad_output, saved[3], saved[4], or_none(saved[0]), or_none(saved[5]), saved[1], or_none(saved[6]), saved[2],
         or_none(saved[7]), data["input_size"].toIntVector(), data["stride"].toInt(), data["padding"].toIntVector(),
@@ -210,6 +220,7 @@ struct LiteBranch : Function<LiteBranch> {
     edges.of(running_mean1);
     edges.of(running_var1);
     const int64_t to_weight2 = edges.of(weight2), to_scale2 = edges.of(norm_weight2), to_bias2 = edges.of(norm_bias2);
+    TINYTL_RECORDED("lite_branch_forward");
     auto [out, conv, statistics1, statistics2] = lite_branch_forward(
         pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
         running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2);
@@ -243,6 +254,7 @@ struct LiteBranch : Function<LiteBranch> {
     for (int i = 0; i < 7; ++i) {
       need[i] = needed(ctx, edges[i]);
     }
+    TINYTL_RECORDED("lite_branch_backward");
     const auto computed = std::apply(
         [](const auto&... gradients) { return std::array<at::Tensor, 7>{gradients...}; },
         lite_branch_backward(
@@ -262,12 +274,14 @@ struct LiteBranch : Function<LiteBranch> {
 struct UpsampleAdd : Function<UpsampleAdd> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& main, const at::Tensor& branch) {
     ctx->saved_data["branch_size"] = branch.sizes().vec();
+    TINYTL_RECORDED("upsample_add_forward");
     return upsample_add_forward(main, branch);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list results(2);
     if (ctx->needs_input_grad(1)) {
+      TINYTL_RECORDED("upsample_add_backward");
       results[1] = upsample_add_backward(grads[0], ctx->saved_data["branch_size"].toIntVector());
       results = once("upsample_add", std::move(results), grads);
     }

@@ -91,11 +91,15 @@ def test_narrow_groups_are_onednn_and_one_pass_of_our_own(activation):
     assert backward - {"add_"} == MIXED[1]  # add_: bias gradients of the chunks of images
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_weights_are_onednns_where_it_has_the_arithmetic(dtype):
     input, weight = torch.randn(1, 144, 4, 4).to(dtype), torch.randn(144, 144, 3, 3).to(dtype)
     _, forward = recorded("frozen_conv", input, weight, None, [1, 1], [1] * 4, [1, 1], 1, "relu", True)
-    ours = dtype == torch.float16 and not frozen_conv._onednn_knows_more(dtype)
+    without = {
+        torch.float16: not frozen_conv._onednn_knows_more(dtype),
+        torch.bfloat16: not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
+    ours = without.get(dtype, False)
     assert forward == ({"cpu.dense_forward"} if ours else MIXED[0])
 
 
