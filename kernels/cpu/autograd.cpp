@@ -292,62 +292,35 @@ struct UpsampleAdd : Function<UpsampleAdd> {
   }
 };
 
-// The functions that torch.ops calls.
+// What torch.ops calls: the arguments of F::forward after its context. The dispatcher hands strings over by value.
+template <class T>
+struct Passed {
+  using type = T;
+};
+template <>
+struct Passed<const std::string&> {
+  using type = std::string;
+};
+template <>
+struct Passed<const OptionalString&> {
+  using type = OptionalString;
+};
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> as_tuple(const variable_list& outputs) {
-  return {outputs[0], outputs[1], outputs[2], outputs[3]};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_inverted_residual(
-    const at::Tensor& input,
-    const OptionalTensor& expand_weight,
-    const OptionalTensor& expand_bias,
-    const at::Tensor& depthwise_weight,
-    const OptionalTensor& depthwise_bias,
-    const at::Tensor& project_weight,
-    const OptionalTensor& project_bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    OptionalString activation,
-    bool residual,
-    bool needs_masks,
-    bool want_pooled,
-    const OptionalTensor& expand_scale,
-    const OptionalTensor& depthwise_scale,
-    const OptionalTensor& project_scale) {
-  return as_tuple(FrozenInvertedResidual::apply(
-      input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride,
-      padding, activation, residual, needs_masks, want_pooled, expand_scale, depthwise_scale, project_scale));
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch(
-    const at::Tensor& pooled,
-    const at::Tensor& weight1,
-    const OptionalTensor& norm_weight1,
-    const OptionalTensor& norm_bias1,
-    const OptionalTensor& running_mean1,
-    const OptionalTensor& running_var1,
-    const at::Tensor& weight2,
-    const OptionalTensor& norm_weight2,
-    const OptionalTensor& norm_bias2,
-    const OptionalTensor& running_mean2,
-    const OptionalTensor& running_var2,
-    int64_t stride,
-    int64_t groups,
-    std::string activation,
-    int64_t norm_groups1,
-    int64_t norm_groups2,
-    double eps1,
-    double eps2,
-    bool keep_conv) {
-  return as_tuple(LiteBranch::apply(
-      pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
-      running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2, keep_conv));
-}
-
-at::Tensor upsample_add(const at::Tensor& main, const at::Tensor& branch) {
-  return UpsampleAdd::apply(main, branch);
-}
+template <class F, class Forward = decltype(F::forward)>
+struct Call;
+template <class F, class... Arguments>
+struct Call<F, variable_list(AutogradContext*, Arguments...)> {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call(typename Passed<Arguments>::type... arguments) {
+    const variable_list outputs = F::apply(arguments...);
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  }
+};
+template <class F, class... Arguments>
+struct Call<F, at::Tensor(AutogradContext*, Arguments...)> {
+  static at::Tensor call(typename Passed<Arguments>::type... arguments) {
+    return F::apply(arguments...);
+  }
+};
 
 } // namespace
 
@@ -359,14 +332,14 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "str? activation, bool residual, bool needs_masks, bool want_pooled, Tensor? expand_scale, "
       "Tensor? depthwise_scale, Tensor? project_scale) -> "
       "(Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
-      TORCH_FN(frozen_inverted_residual));
+      TORCH_FN(Call<FrozenInvertedResidual>::call));
   m.def(
       "lite_branch(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor? running_mean1, "
       "Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2, "
       "Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, int norm_groups2, float eps1, "
       "float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
-      TORCH_FN(lite_branch));
-  m.def("upsample_add(Tensor main, Tensor branch) -> Tensor", TORCH_FN(upsample_add));
+      TORCH_FN(Call<LiteBranch>::call));
+  m.def("upsample_add(Tensor main, Tensor branch) -> Tensor", TORCH_FN(Call<UpsampleAdd>::call));
 }
 
 } // namespace tinytl::cpu
