@@ -4,6 +4,7 @@
 //
 // For channels_last inputs that the kernels take; everything else keeps to Python's. What is kept for backward is the
 // same, and so is the answer to a second derivative: an error where one is asked for, never a silent zero.
+#include "dispatcher.h"
 #include "inverted_residual.h"
 #include "lite_branch.h"
 #include "operators.h"
@@ -51,8 +52,29 @@ class Edges {
   int64_t next_ = 0;
 };
 
-bool needed(const AutogradContext* ctx, int64_t edge) {
-  return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge));
+// Which of the edges that forward kept are asked for.
+template <size_t N>
+std::array<bool, N> needed(AutogradContext* ctx) {
+  const auto edges = ctx->saved_data["edges"].toIntVector();
+  std::array<bool, N> need{};
+  for (size_t i = 0; i < N; ++i) {
+    need[i] = edges[i] >= 0 && ctx->needs_input_grad(static_cast<size_t>(edges[i]));
+  }
+  return need;
+}
+
+// The gradients that are needed, each at the place of its argument among `arguments`.
+template <size_t N, class Gradients>
+variable_list by_argument(
+    int arguments, const Gradients& gradients, const std::array<int, N>& places, const std::array<bool, N>& need) {
+  const auto computed = std::apply([](const auto&... g) { return std::array<at::Tensor, N>{g...}; }, gradients);
+  variable_list results(arguments);
+  for (size_t i = 0; i < N; ++i) {
+    if (need[i]) {
+      results[places[i]] = computed[i];
+    }
+  }
+  return results;
 }
 
 // Hands gradients on with a history that refuses to be differentiated.
@@ -164,29 +186,18 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const auto edges = data["edges"].toIntVector();
     const at::Tensor& grad_pooled = grads[3];
     const at::Tensor grad_output =
         grads[0].defined() ? grads[0] : at::zeros(data["output_size"].toIntVector(), grad_pooled.options());
-    std::array<bool, 4> need{};
-    for (int i = 0; i < 4; ++i) {
-      need[i] = needed(ctx, edges[i]);
-    }
+    const auto need = needed<4>(ctx);
     TINYTL_RECORDED("inverted_residual_backward");
-    auto [grad_input, grad_expand, grad_depthwise, grad_project] = inverted_residual_backward(
+    const auto gradients = inverted_residual_backward(
         grad_output, saved[3], saved[4], or_none(saved[0]), or_none(saved[5]), saved[1], or_none(saved[6]), saved[2],
         or_none(saved[7]), data["input_size"].toIntVector(), data["stride"].toInt(), data["padding"].toIntVector(),
         data["activation"].toStringRef(), data["residual"].toBool(), need[0], need[1], need[2], need[3],
         or_none(grad_pooled));
-    variable_list results(kArguments);
-    const std::array<at::Tensor, 4> computed{grad_input, grad_expand, grad_depthwise, grad_project};
-    constexpr std::array<int, 4> kPlaces{0, 2, 4, 6};
-    for (int i = 0; i < 4; ++i) {
-      if (need[i]) {
-        results[kPlaces[i]] = computed[i];
-      }
-    }
-    return once("frozen_inverted_residual", std::move(results), grads);
+    constexpr std::array kPlaces{0, 2, 4, 6};
+    return once("frozen_inverted_residual", by_argument(kArguments, gradients, kPlaces, need), grads);
   }
 };
 
@@ -242,32 +253,21 @@ struct LiteBranch : Function<LiteBranch> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list results(kArguments);
     if (!grads[0].defined()) {
-      return results;
+      return variable_list(kArguments);
     }
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const auto edges = data["edges"].toIntVector(), options = data["options"].toIntVector();
+    const auto options = data["options"].toIntVector();
     const auto eps = data["eps"].toDoubleVector();
-    std::array<bool, 7> need{};
-    for (int i = 0; i < 7; ++i) {
-      need[i] = needed(ctx, edges[i]);
-    }
+    const auto need = needed<7>(ctx);
     TINYTL_RECORDED("lite_branch_backward");
-    const auto computed = std::apply(
-        [](const auto&... gradients) { return std::array<at::Tensor, 7>{gradients...}; },
-        lite_branch_backward(
-            grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], or_none(saved[5]), or_none(saved[6]), saved[7],
-            or_none(saved[8]), options[0], options[1], data["activation"].toStringRef(), options[2], options[3], eps[0],
-            eps[1], options[4] != 0, options[5] != 0, need));
-    constexpr std::array<int, 7> kPlaces{0, 1, 2, 3, 6, 7, 8};
-    for (int i = 0; i < 7; ++i) {
-      if (need[i]) {
-        results[kPlaces[i]] = computed[i];
-      }
-    }
-    return once("lite_branch", std::move(results), grads);
+    const auto gradients = lite_branch_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], or_none(saved[5]), or_none(saved[6]), saved[7],
+        or_none(saved[8]), options[0], options[1], data["activation"].toStringRef(), options[2], options[3], eps[0],
+        eps[1], options[4] != 0, options[5] != 0, need);
+    constexpr std::array kPlaces{0, 1, 2, 3, 6, 7, 8};
+    return once("lite_branch", by_argument(kArguments, gradients, kPlaces, need), grads);
   }
 };
 
@@ -292,20 +292,7 @@ struct UpsampleAdd : Function<UpsampleAdd> {
   }
 };
 
-// What torch.ops calls: the arguments of F::forward after its context. The dispatcher hands strings over by value.
-template <class T>
-struct Passed {
-  using type = T;
-};
-template <>
-struct Passed<const std::string&> {
-  using type = std::string;
-};
-template <>
-struct Passed<const OptionalString&> {
-  using type = OptionalString;
-};
-
+// What torch.ops calls: the arguments of F::forward after its context.
 template <class F, class Forward = decltype(F::forward)>
 struct Call;
 template <class F, class... Arguments>

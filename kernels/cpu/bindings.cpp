@@ -1,5 +1,6 @@
 // Registers the kernels as torch.ops.tinytl_cpu.*: plain operators, no autograd, CPU tensors only. The package's own
 // operators (namespace tinytl) carry the contract and call these.
+#include "dispatcher.h"
 #include "inverted_residual.h"
 #include "lite_branch.h"
 #include "operators.h"
@@ -94,16 +95,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
     scratch_count.bytes = 0;
   });
 }
-
-// The dispatcher hands strings over by value; the kernels take them by reference.
-template <class T>
-struct Passed {
-  using type = T;
-};
-template <>
-struct Passed<const std::string&> {
-  using type = std::string;
-};
 
 template <auto Function>
 struct Kernel;

@@ -239,8 +239,9 @@ def _update_running_statistics(norms: tuple[nn.Module, ...], statistics: list[Te
     counters = [buffers["num_batches_tracked"] for buffers, *_ in tracking]
     if counters := [counter for counter in counters if counter is not None]:
         torch._foreach_add_(counters, 1)
+    names = ("running_mean", "running_var")
+    tracking = [norm for norm in tracking if all(norm[0][name] is not None for name in names)]
     unbiased = values / (values - 1) if tracking else 1.0
-    tracking = [norm for norm in tracking if norm[0]["running_mean"] is not None]
     for momentum in {momentum for _, momentum, *_ in tracking}:
         group = [norm for norm in tracking if norm[1] == momentum]
         if momentum is None:  # the average of all batches
@@ -252,7 +253,7 @@ def _update_running_statistics(norms: tuple[nn.Module, ...], statistics: list[Te
                     running.lerp_(measured.to(running.dtype), share.to(running.dtype))
             continue
         # All norms in three calls: one by one, they took as long as the branch.
-        means, vars = ([buffers[name] for buffers, *_ in group] for name in ("running_mean", "running_var"))
+        means, vars = ([buffers[name] for buffers, *_ in group] for name in names)
         torch._foreach_mul_(means + vars, 1 - momentum)
         torch._foreach_add_(means, [mean for *_, mean, _ in group], alpha=momentum)
         torch._foreach_add_(vars, [var for *_, var in group], alpha=momentum * unbiased)

@@ -75,7 +75,7 @@ class Operator:
         compute = backend.OPERATORS[self.name]
         if not gradient_needed(*args):
             return compute(*args)
-        differentiable = getattr(backend, "DIFFERENTIABLE", _NONE).get(self.name)
+        differentiable = getattr(backend, "DIFFERENTIABLE", {}).get(self.name)
         if differentiable is not None and (outputs := differentiable(*args)) is not None:
             return outputs
         return self._function.apply(*args, compute)
@@ -93,7 +93,6 @@ def _plain_eager(args: tuple) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_NONE: dict[str, Callable] = {}
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type:
