@@ -1,9 +1,10 @@
 // Tasks shared out as threads become free.
 //
 // at::parallel_for gives every thread its share beforehand, and a call lasts as long as its slowest thread: one that
-// another process interrupts, or one on a slow core of a machine that has two kinds. Here a thread takes the next piece
-// when it has done the last. Who computes a piece is chance; what is computed is not, so that results stay the same as
-// long as a piece's own do not depend on the thread.
+// another process interrupts, or one on a slow core of a machine that has two kinds. Here a thread that has done its
+// share goes on with the others'. It begins with the same share of every call, so that what it wrote in one, rows of
+// pixels or images, is in its cache in the next. Who computes a task is chance; what is computed is not, so that
+// results stay the same as long as a task's own do not depend on the thread.
 #pragma once
 
 #include "vector.h"
@@ -11,18 +12,37 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 
 namespace tinytl::cpu {
 
+// More threads than this begin with the same shares.
+constexpr int64_t kMaxShares = 64;
+
+// Neighbouring tasks, taken from the first on; on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 // Calls body(task) for tasks [0, count).
 template <class Body>
 void parallel_tasks(int64_t count, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
-    for (int64_t task = take(); task < count; task = take()) {
-      body(task);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  const int64_t num_shares = std::min(threads, kMaxShares);
+  std::array<Share, kMaxShares> shares;
+  for (int64_t s = 0; s < num_shares; ++s) {
+    shares[s].next.store(count * s / num_shares, std::memory_order_relaxed);
+    shares[s].end = count * (s + 1) / num_shares;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t i = 0; i < num_shares; ++i) {
+      Share& share = shares[(thread + i) % num_shares];
+      const auto take = [&] { return share.next.fetch_add(1, std::memory_order_relaxed); };
+      for (int64_t task = take(); task < share.end; task = take()) {
+        body(task);
+      }
     }
   });
 }
