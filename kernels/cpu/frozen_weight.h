@@ -59,6 +59,16 @@ struct CodebookValues {
   }
 };
 
+// The values themselves where they are float32 for float32 arithmetic, else null.
+template <class Values>
+const float* plain_values(const Values& values) {
+  if constexpr (std::is_same_v<Values, PlainValues<float, float>>) {
+    return values.data;
+  } else {
+    return nullptr;
+  }
+}
+
 // Calls body with the reader of this weight's values.
 template <class T, class Body>
 void with_values(const FrozenWeight& weight, Body&& body) {
@@ -89,7 +99,8 @@ void pack_forward(
     typename Dot::Element* packed) {
   with_values<T>(weight, [&](const auto& values) {
     const auto read = [&](int64_t k, int64_t n) { return values(n, k); };
-    pack_panels<Dot>(read, true, weight.inner, padded_depth, panels, first, last, packed);
+    pack_panels<Dot>(
+        read, plain_values(values), weight.inner, true, weight.inner, padded_depth, panels, first, last, packed);
   });
 }
 
@@ -103,7 +114,8 @@ void pack_backward(
     typename Dot::Element* packed) {
   with_values<T>(weight, [&](const auto& values) {
     const auto read = [&](int64_t k, int64_t n) { return values(k, n); };
-    pack_panels<Dot>(read, false, weight.out_channels, padded_depth, panels, first, last, packed);
+    pack_panels<Dot>(
+        read, plain_values(values), weight.inner, false, weight.out_channels, padded_depth, panels, first, last, packed);
   });
 }
 

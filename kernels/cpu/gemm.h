@@ -18,6 +18,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <vector>
 
 namespace tinytl::cpu {
 
@@ -287,21 +288,19 @@ void transpose_panel(
         rows[n * DEPTH + k] = Element(0);
       }
     }
-    at::vec::transpose_mxn<float>(
-        reinterpret_cast<const float*>(rows),
-        DEPTH / STEP,
-        reinterpret_cast<float*>(target + k0 * width),
-        width,
-        static_cast<int>(valid),
-        static_cast<int>(words));
+    transpose(
+        reinterpret_cast<const float*>(rows), DEPTH / STEP, reinterpret_cast<float*>(target + k0 * width), width, valid, words);
   }
 }
 
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
-// runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is.
+// runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
+// themselves where they are float32, rows `row` apart along the other side; else null.
 template <class Dot, class Read>
 void pack_panels(
     const Read& read,
+    const float* plain,
+    int64_t row,
     bool runs_along_k,
     int64_t depth,
     int64_t padded_depth,
@@ -314,13 +313,43 @@ void pack_panels(
   const int64_t origin = panels.start(first) * padded_depth;
   const int64_t grain = ceil_div(16384, std::max<int64_t>(depth * kGroup, 1));
   parallel_pieces(first, last, grain, [&](int64_t begin, int64_t end) {
+    const auto target_of = [&](int64_t p) { return packed + panels.start(p) * padded_depth - origin; };
+    const auto valid_of = [&](int64_t p) { return std::min(panels.width(p), panels.channels - panels.start(p)); };
+    for (int64_t p = begin; p < end; ++p) {
+      if (valid_of(p) < panels.width(p) || depth < padded_depth) {
+        std::memset(static_cast<void*>(target_of(p)), 0, sizeof(Element) * panels.width(p) * padded_depth);
+      }
+    }
+    if constexpr (std::is_same_v<Element, float>) {
+      if (const float* plain_row = plain; plain != nullptr && !runs_along_k) {
+        // Row by row through all panels: read in the order of memory, which may be as far away as it is large.
+        struct Piece {
+          int64_t start, valid, width;
+          float* target;
+        };
+        std::vector<Piece> pieces;
+        for (int64_t p = begin; p < end; ++p) {
+          pieces.push_back({panels.start(p), valid_of(p), panels.width(p), target_of(p)});
+        }
+        for (int64_t k = 0; k < depth; ++k, plain_row += row) {
+          for (Piece& piece : pieces) {
+            copy_row(plain_row + piece.start, piece.valid, piece.target);
+            piece.target += piece.width;
+          }
+        }
+        return;
+      }
+    }
     for (int64_t p = begin; p < end; ++p) {
       const int64_t start = panels.start(p);
       const int64_t width = panels.width(p);
-      const int64_t valid = std::min(width, panels.channels - start);
-      Element* target = packed + start * padded_depth - origin;
-      if (valid < width || depth < padded_depth) {
-        std::memset(static_cast<void*>(target), 0, sizeof(Element) * width * padded_depth);
+      const int64_t valid = valid_of(p);
+      Element* target = target_of(p);
+      if constexpr (std::is_same_v<Element, float>) {
+        if (plain != nullptr) {
+          transpose(plain + start * row, row, target, width, valid, depth);
+          continue;
+        }
       }
       if (runs_along_k) {
         transpose_panel<Dot>(read, depth, start, valid, width, target);

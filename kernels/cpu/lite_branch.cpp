@@ -56,24 +56,33 @@ at::Tensor first_conv(const TrainedConv& conv, const float* padded, const at::Te
   return result;
 }
 
+// Rows of the activated image that are made and multiplied at a time, about: they stay in the first-level cache.
+constexpr int64_t kBlockRows = 96;
+
+// Calls body(first, last) for [begin, end), whole pixels at a time.
+template <class Body>
+void for_row_blocks(int64_t begin, int64_t end, int64_t batch, const Body& body) {
+  const int64_t rows = std::max<int64_t>(kBlockRows / batch, 1) * batch;
+  for (int64_t first = begin; first < end; first += rows) {
+    body(first, std::min(first + rows, end));
+  }
+}
+
 void use_running(TrainedNorm& norm, const OptionalTensor& mean, const OptionalTensor& var) {
   norm.of_batch = false;
   norm.use(at::stack({mean->to(at::kFloat), var->to(at::kFloat)}));
 }
 
-// a = f(norm(c))
+// Rows [begin, end) of f(norm(c)), the first of them at `a`.
 template <class T>
-void activated(const TrainedNorm& norm, Activation activation, const T* c, float* a) {
+void activate_rows(const TrainedNorm& norm, Activation activation, const T* c, int64_t begin, int64_t end, float* a) {
   with_activation(activation, [&](auto f) {
-    norm.for_tasks([&](int64_t, int64_t begin, int64_t end) {
-      norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
-        const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
-        const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
-        norm.for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
-          const int64_t at = row * norm.channels + channel;
-          const Vec z = at::vec::fmadd(load_channels(c + at, lanes), scale, shift);
-          store_channels(a + at, activate<f.value>(z), lanes);
-        });
+    norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+      const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+      norm.for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+        const Vec z = at::vec::fmadd(load_channels(c + row * norm.channels + channel, lanes), scale, shift);
+        store_channels(a + (row - begin) * norm.channels + channel, activate<f.value>(z), lanes);
       });
     });
   });
@@ -94,30 +103,26 @@ void normalised(const TrainedNorm& norm, const float* e, T* out) {
   });
 }
 
-// The sums of a gradient, g(row, pixel, image, channel, lanes, z) with the norm's output z, over all rows.
+// The sums of a gradient, g(row, pixel, image, channel, lanes, z) with the norm's output z, over rows [begin, end).
 template <class T, class Gradient>
-void sum_gradient(TrainedNorm& norm, const T* x, const Gradient& g) {
+void sum_gradient_rows(
+    const TrainedNorm& norm, const T* x, const Gradient& g, int64_t begin, int64_t end, float* sums) {
   const int64_t count = norm.sets() * norm.channels;
-  std::vector<float> partial(norm.tasks() * 2 * count);
-  norm.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
-    float* sums = partial.data() + task * 2 * count;
-    norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
-      const Vec mean = norm.coefficient(norm.mean, set, channel, lanes);
-      const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
-      const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
-      Vec sum(0.f), sum_x(0.f);
-      norm.for_rows(set, begin, end, [&](int64_t row, int64_t pixel, int64_t image) TINYTL_LAMBDA_INLINE {
-        const Vec value = load_channels(x + row * norm.channels + channel, lanes);
-        const Vec gradient = g(row, pixel, image, channel, lanes, at::vec::fmadd(value, scale, shift));
-        sum = sum + gradient;
-        sum_x = at::vec::fmadd(gradient, value - mean, sum_x);
-      });
-      const Vec rstd = norm.coefficient(norm.rstd, set, channel, lanes);
-      store_channels(sums + set * norm.channels + channel, sum, lanes);
-      store_channels(sums + count + set * norm.channels + channel, sum_x * rstd, lanes);
+  norm.for_vectors([&](int64_t set, int64_t channel, int64_t lanes) TINYTL_LAMBDA_INLINE {
+    const Vec mean = norm.coefficient(norm.mean, set, channel, lanes);
+    const Vec scale = norm.coefficient(norm.scale, set, channel, lanes);
+    const Vec shift = norm.coefficient(norm.shift, set, channel, lanes);
+    Vec sum(0.f), sum_x(0.f);
+    norm.for_rows(set, begin, end, [&](int64_t row, int64_t pixel, int64_t image) TINYTL_LAMBDA_INLINE {
+      const Vec value = load_channels(x + row * norm.channels + channel, lanes);
+      const Vec gradient = g(row, pixel, image, channel, lanes, at::vec::fmadd(value, scale, shift));
+      sum = sum + gradient;
+      sum_x = at::vec::fmadd(gradient, value - mean, sum_x);
     });
+    const Vec rstd = norm.coefficient(norm.rstd, set, channel, lanes);
+    store_channels(sums + set * norm.channels + channel, sum, lanes);
+    store_channels(sums + count + set * norm.channels + channel, sum_x * rstd, lanes);
   });
-  norm.take_sums(partial);
 }
 
 // store(row, pixel, image, channel, lanes, dx) of the norm's input gradient, for the same g as summed.
@@ -183,26 +188,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward(
   at::Tensor c;
   TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
   TrainedNorm norm2 = norm_of(conv2, norm_weight2, norm_bias2, norm_groups2, eps2);
+  norm1.align(norm2);
   with_storage_type(pooled.scalar_type(), "pooled", [&](auto zero) {
     using T = decltype(zero);
-    const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
-    Workspace workspace(std::max(conv1.padded_input(), a_elements) + e_elements, 2);
-    float* padded = workspace.take(std::max(conv1.padded_input(), a_elements));
-    float* a = padded; // from when c is there
-    float* e = workspace.take(e_elements);
+    const int64_t e_elements = conv2.pixels() * conv2.out_channels;
+    Workspace workspace(std::max(conv1.padded_input(), e_elements), 1);
+    float* padded = workspace.take(std::max(conv1.padded_input(), e_elements));
+    float* e = padded; // from when c is there
     pad_input(conv1, input.data_ptr<T>(), padded);
     c = first_conv<T>(conv1, padded, weight1, pooled.scalar_type());
+    const T* values = c.data_ptr<T>();
     if (running_mean1.has_value()) {
       use_running(norm1, running_mean1, running_var1);
     } else {
-      norm1.measure(c.data_ptr<T>());
+      std::vector<float> moments = norm1.partial(3);
+      norm1.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+        norm1.measure_rows(values, begin, end, norm1.of_task(moments, task));
+      });
+      norm1.take_moments(moments);
     }
-    activated(norm1, f, c.data_ptr<T>(), a);
-    trained_conv_forward(conv2, a, weight2, e);
+    const TrainedPointwise second(weight2, false);
+    std::vector<float> moments = norm2.partial(3);
+    norm1.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+      for_row_blocks(begin, end, conv1.batch, [&](int64_t first, int64_t last) {
+        float* a = scratch<float>(kRows, (last - first) * conv2.in_channels);
+        activate_rows(norm1, f, values, first, last, a);
+        second.rows(a, last - first, e + first * conv2.out_channels);
+      });
+      if (!running_mean2.has_value()) {
+        norm2.measure_rows(e, begin, end, norm2.of_task(moments, task));
+      }
+    });
     if (running_mean2.has_value()) {
       use_running(norm2, running_mean2, running_var2);
     } else {
-      norm2.measure(e);
+      norm2.take_moments(moments);
     }
     normalised(norm2, e, out.data_ptr<T>());
   });
@@ -242,6 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor input = pooled.contiguous(kChannelsLast), grad = grad_output.contiguous(kChannelsLast);
   TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
   TrainedNorm norm2 = norm_of(conv2, norm_weight2, std::nullopt, norm_groups2, eps2);
+  norm1.align(norm2);
   norm1.use(statistics1), norm2.use(statistics2);
   norm1.of_batch = batch1, norm2.of_batch = batch2;
 
@@ -266,14 +287,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     check_size(c, "conv", {conv1.out_height, conv1.out_width, conv1.batch, conv1.out_channels}, dtype);
     const T* values = c.data_ptr<T>();
 
-    activated(norm1, f, values, a);
-    trained_conv_forward(conv2, a, weight2, e);
     const T* grad_data = grad.data_ptr<T>();
     const auto from_output = [&](int64_t, int64_t pixel, int64_t image, int64_t channel, int64_t lanes, Vec)
                                  TINYTL_LAMBDA_INLINE {
       return load_channels(grad_data + (image * norm2.pixels + pixel) * norm2.channels + channel, lanes);
     };
-    sum_gradient(norm2, e, from_output);
+    std::vector<float> sums2 = norm2.partial(2);
+    const TrainedPointwise second(weight2, false);
+    norm1.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+      for_row_blocks(begin, end, conv1.batch, [&](int64_t first, int64_t last) {
+        activate_rows(norm1, f, values, first, last, a + first * conv2.in_channels);
+        second.rows(a + first * conv2.in_channels, last - first, e + first * conv2.out_channels);
+      });
+      sum_gradient_rows(norm2, e, from_output, begin, end, norm2.of_task(sums2, task));
+    });
+    norm2.take_sums(sums2);
     if (!need_norm1 && !need_weight2) {
       return;
     }
@@ -289,21 +317,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (!need_norm1) {
       return;
     }
-    const at::Tensor transposed = weight2.transpose(0, 1);
-    trained_conv_forward(pointwise_after(conv2, transposed), e, transposed, a);
+    const TrainedPointwise back(weight2, true);
     with_activation(f, [&](auto act) {
       const auto from_activation = [&](int64_t row, int64_t, int64_t, int64_t channel, int64_t lanes, Vec z)
                                        TINYTL_LAMBDA_INLINE {
         return passed<act.value>(load_channels(a + row * norm1.channels + channel, lanes), z);
       };
-      sum_gradient(norm1, values, from_activation);
+      std::vector<float> sums1 = norm1.partial(2);
+      norm1.for_tasks([&](int64_t task, int64_t begin, int64_t end) {
+        back.rows(e + begin * conv2.out_channels, end - begin, a + begin * conv2.in_channels);
+        sum_gradient_rows(norm1, values, from_activation, begin, end, norm1.of_task(sums1, task));
+      });
+      norm1.take_sums(sums1);
       if (need_conv1) {
-        if (conv1.gradient_width() > conv1.out_width) {
-          std::fill_n(grad_c, grad_elements, 0.f);
+        zero_padding(conv1, grad_c);
+        std::vector<int64_t> padded_pixels(norm1.pixels); // where they lie in grad_c
+        for (int64_t p = 0; p < norm1.pixels; ++p) {
+          padded_pixels[p] =
+              (p / conv1.out_width * conv1.gradient_width + conv1.left + p % conv1.out_width) * conv1.batch;
         }
         const auto to_padded = [&](int64_t, int64_t pixel, int64_t image, int64_t channel, int64_t lanes, Vec value)
                                    TINYTL_LAMBDA_INLINE {
-          store_channels(grad_c + (conv1.gradient_pixel(pixel) + image) * norm1.channels + channel, value, lanes);
+          store_channels(grad_c + (padded_pixels[pixel] + image) * norm1.channels + channel, value, lanes);
         };
         input_gradient(norm1, values, from_activation, to_padded);
       }

@@ -4,6 +4,7 @@
 #include "parallel.h"
 
 #include <ATen/ops/empty_like.h>
+#include <c10/util/SmallVector.h>
 
 namespace tinytl::cpu {
 namespace {
@@ -21,12 +22,16 @@ struct WindowRow {
   const float* b;
 };
 
-// `count` floats, by vectors: short rows, for which a call of memmove takes longer than the copy.
-TINYTL_INLINE void copy_row(const float* from, int64_t count, float* to) {
-  for (int64_t c = 0; c < count; c += kLanes) {
-    store_channels(to + c, load_channels(from + c, count - c), count - c);
-  }
-}
+// Up to this many taps no memory is allocated for their list.
+constexpr size_t kUsualTaps = 25;
+
+// A packed weight up to this many bytes stays in a core's cache beside the images.
+constexpr int64_t kSmallWeight = 128 * 1024;
+
+// What a task computes: a row of pixels, for one panel of the weight.
+struct Unit {
+  int64_t group, panel, row;
+};
 
 // One weight as a (columns x terms) matrix per group and tap, packed as [group][panel][tap][term][column].
 struct PackedWeight {
@@ -57,8 +62,13 @@ struct PackedWeight {
           const float* source_tap = from + group * group_stride + panels.start(panel) * column_stride +
               ky * source.stride(2) + kx * source.stride(3);
           float* target = to + offset(group, panel) + (ky * conv.kernel + kx) * terms * width;
+          if (term_stride == 1) {
+            transpose(source_tap, column_stride, target, width, valid, terms);
+          }
           for (int64_t k = 0; k < terms; ++k) {
-            if (column_stride == 1) {
+            if (term_stride == 1) {
+              // transposed above
+            } else if (column_stride == 1) {
               copy_row(source_tap + k * term_stride, valid, target + k * width);
             } else {
               for (int64_t n = 0; n < valid; ++n) {
@@ -77,6 +87,17 @@ struct PackedWeight {
   }
   const float* panel(int64_t group, int64_t panel) const {
     return storage.data_ptr<float>() + offset(group, panel);
+  }
+  // Calls body(unit) for `rows` rows of pixels. A thread keeps its rows from kernel to kernel; of a large weight it
+  // keeps its part instead.
+  template <class Body>
+  void for_units(int64_t rows, const Body& body) const {
+    const bool rows_outermost = storage.numel() * static_cast<int64_t>(sizeof(float)) <= kSmallWeight;
+    const int64_t parts = groups * panels.count;
+    parallel_tasks(parts * rows, [&](int64_t task) {
+      const int64_t part = rows_outermost ? task % parts : task / rows;
+      body(Unit{part / panels.count, part % panels.count, rows_outermost ? task / parts : task % rows});
+    });
   }
 };
 
@@ -116,11 +137,34 @@ TrainedConv::TrainedConv(at::IntArrayRef input, const at::Tensor& weight, int64_
       input);
   out_height = (height - 1) / stride + 1;
   out_width = (width - 1) / stride + 1;
+  phase_width = ceil_div(width + 2 * padding, stride);
+  left = std::max<int64_t>((kernel - 1) / stride - padding / stride, 0);
+  const int64_t right = std::max<int64_t>((width - 1 + padding) / stride - (out_width - 1), 0);
+  gradient_width = left + out_width + right;
+}
+
+TrainedPointwise::TrainedPointwise(const at::Tensor& weight, bool transposed)
+    : in_channels(weight.size(transposed ? 0 : 1)),
+      out_channels(weight.size(transposed ? 1 : 0)),
+      panels(out_channels),
+      packed(PackedWeight(TrainedConv({1, weight.size(1), 1, 1}, weight, 1, 1), weight, transposed).storage) {}
+
+void TrainedPointwise::rows(const float* x, int64_t count, float* y) const {
+  alignas(64) float tile[kTileElements];
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int vecs = panels.width_vecs(p);
+    const Run run{x, packed.data_ptr<float>() + panels.start(p) * in_channels, in_channels};
+    const Strides strides{in_channels, 1, vecs * kLanes};
+    for_row_tiles(count, 1, vecs, [&](int64_t row, int rows) {
+      strided_gemm(rows, vecs, &run, 1, row * in_channels, strides, false, tile);
+      store_tile(tile, rows, vecs, panels.valid(p), y + row * out_channels + panels.start(p), out_channels);
+    });
+  }
 }
 
 template <class T>
 void pad_input(const TrainedConv& conv, const T* input, float* padded) {
-  const int64_t channels = conv.in_channels, phase = conv.phase_width();
+  const int64_t channels = conv.in_channels, phase = conv.phase_width;
   const int64_t grain = ceil_div(16384, std::max<int64_t>(conv.width * conv.batch * channels, 1));
   parallel_pieces(0, conv.height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
@@ -148,52 +192,48 @@ template <class T>
 void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y) {
   const PackedWeight packed(conv, weight, false);
   const auto& panels = packed.panels;
-  const int64_t line = conv.out_width * conv.batch, phase_line = conv.phase_width() * conv.batch;
+  const int64_t line = conv.out_width * conv.batch, phase_line = conv.phase_width * conv.batch;
   std::vector<int64_t> column_offsets(conv.kernel); // of column kx of the window
   for (int64_t kx = 0; kx < conv.kernel; ++kx) {
     column_offsets[kx] = (kx % conv.stride * phase_line + kx / conv.stride * conv.batch) * conv.in_channels;
   }
-  // Panels outermost: a thread keeps its part of the weight.
-  parallel_pieces(0, conv.groups * panels.count * conv.out_height, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Run> runs(conv.taps());
-    std::vector<WindowRow> window(conv.kernel);
+  packed.for_units(conv.out_height, [&](const Unit& unit) {
+    const int64_t group = unit.group, panel = unit.panel, oy = unit.row;
+    c10::SmallVector<Run, kUsualTaps> runs(conv.taps());
+    c10::SmallVector<WindowRow, kUsualTaps> window(conv.kernel);
     alignas(64) float tile[kTileElements];
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t oy = unit % conv.out_height, panel = unit / conv.out_height % panels.count;
-      const int64_t group = unit / conv.out_height / panels.count;
-      const int vecs = panels.width_vecs(panel);
-      const Strides strides{conv.in_channels, 1, vecs * kLanes};
-      const int64_t tap_elements = packed.terms * strides.b_step;
-      int64_t window_rows = 0;
-      for (int64_t ky = 0; ky < conv.kernel; ++ky) {
-        const int64_t iy = oy * conv.stride - conv.padding + ky;
-        if (iy >= 0 && iy < conv.height) {
-          window[window_rows++] = {
-              padded + iy * conv.stride * phase_line * conv.in_channels + group * conv.group_in(),
-              packed.panel(group, panel) + ky * conv.kernel * tap_elements};
-        }
+    const int vecs = panels.width_vecs(panel);
+    const Strides strides{conv.in_channels, 1, vecs * kLanes};
+    const int64_t tap_elements = packed.terms * strides.b_step;
+    int64_t window_rows = 0;
+    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
+      const int64_t iy = oy * conv.stride - conv.padding + ky;
+      if (iy >= 0 && iy < conv.height) {
+        window[window_rows++] = {
+            padded + iy * conv.stride * phase_line * conv.in_channels + group * conv.group_in(),
+            packed.panel(group, panel) + ky * conv.kernel * tap_elements};
       }
-      T* target = y + oy * line * conv.out_channels + group * conv.group_out() + panels.start(panel);
-      int64_t count = 0;
-      std::pair<int64_t, int64_t> columns(0, 0); // of the window, that `runs` are for
-      for_row_tiles(line, conv.batch, vecs, [&](int64_t row, int rows) {
-        const int64_t first = row / conv.batch, last = (row + rows - 1) / conv.batch; // columns of the tile
-        const std::pair inside_image(
-            std::max<int64_t>(conv.padding - last * conv.stride, 0),
-            std::min(conv.padding + conv.width - first * conv.stride, conv.kernel));
-        if (inside_image != columns) {
-          columns = inside_image;
-          count = 0;
-          for (int64_t w = 0; w < window_rows; ++w) {
-            for (int64_t kx = columns.first; kx < columns.second; ++kx) {
-              runs[count++] = {window[w].a + column_offsets[kx], window[w].b + kx * tap_elements, packed.terms};
-            }
+    }
+    T* target = y + oy * line * conv.out_channels + group * conv.group_out() + panels.start(panel);
+    int64_t count = 0;
+    std::pair<int64_t, int64_t> columns(0, 0); // of the window, that `runs` are for
+    for_row_tiles(line, conv.batch, vecs, [&](int64_t row, int rows) {
+      const int64_t first = row / conv.batch, last = (row + rows - 1) / conv.batch; // columns of the tile
+      const std::pair inside_image(
+          std::max<int64_t>(conv.padding - last * conv.stride, 0),
+          std::min(conv.padding + conv.width - first * conv.stride, conv.kernel));
+      if (inside_image != columns) {
+        columns = inside_image;
+        count = 0;
+        for (int64_t w = 0; w < window_rows; ++w) {
+          for (int64_t kx = columns.first; kx < columns.second; ++kx) {
+            runs[count++] = {window[w].a + column_offsets[kx], window[w].b + kx * tap_elements, packed.terms};
           }
         }
-        strided_gemm(rows, vecs, runs.data(), count, row * conv.in_channels, strides, false, tile);
-        store_tile(tile, rows, vecs, panels.valid(panel), target + row * conv.out_channels, conv.out_channels);
-      });
-    }
+      }
+      strided_gemm(rows, vecs, runs.data(), count, row * conv.in_channels, strides, false, tile);
+      store_tile(tile, rows, vecs, panels.valid(panel), target + row * conv.out_channels, conv.out_channels);
+    });
   });
 }
 
@@ -201,66 +241,72 @@ template <class T>
 void trained_conv_backward_input(const TrainedConv& conv, const float* grad, const at::Tensor& weight, T* dx) {
   const PackedWeight packed(conv, weight, true);
   const auto& panels = packed.panels;
-  const int64_t grad_line = conv.gradient_width() * conv.batch, left = conv.left();
-  parallel_pieces(0, conv.groups * panels.count * conv.height, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Run> runs(conv.taps());
-    std::vector<WindowRow> window(conv.kernel);
+  const int64_t grad_line = conv.gradient_width * conv.batch, left = conv.left;
+  packed.for_units(conv.height, [&](const Unit& unit) {
+    const int64_t group = unit.group, panel = unit.panel, iy = unit.row;
+    c10::SmallVector<Run, kUsualTaps> runs(conv.taps());
+    c10::SmallVector<WindowRow, kUsualTaps> window(conv.kernel);
     alignas(64) float tile[kTileElements];
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t iy = unit % conv.height, panel = unit / conv.height % panels.count;
-      const int64_t group = unit / conv.height / panels.count;
-      const int vecs = panels.width_vecs(panel);
-      const Strides strides{conv.out_channels, 1, vecs * kLanes};
-      const int64_t tap_elements = packed.terms * strides.b_step;
-      int64_t window_rows = 0;
-      for (int64_t ky = 0; ky < conv.kernel; ++ky) {
-        const int64_t reached = iy + conv.padding - ky;
-        if (reached >= 0 && reached % conv.stride == 0 && reached / conv.stride < conv.out_height) {
-          window[window_rows++] = {
-              grad + reached / conv.stride * grad_line * conv.out_channels + group * conv.group_out(),
-              packed.panel(group, panel) + ky * conv.kernel * tap_elements};
-        }
-      }
-      T* target = dx + iy * conv.width * conv.in_channels + group * conv.group_in() + panels.start(panel);
-      // Columns ix = v * stride + q - padding of one remainder q are reached by the taps kx = q + j * stride, from the
-      // output columns v - j.
-      for (int64_t q = 0; q < conv.stride; ++q) {
-        const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
-        const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
-        int64_t count = 0;
-        std::pair<int64_t, int64_t> columns(0, 0); // j that `runs` are for
-        for_row_tiles((v1 - v0) * conv.batch, conv.batch, vecs, [&](int64_t row, int rows) {
-          const int64_t first = v0 + row / conv.batch, last = v0 + (row + rows - 1) / conv.batch;
-          const std::pair inside_image(
-              std::max<int64_t>(first - conv.out_width + 1, 0),
-              std::min(last + 1, ceil_div(conv.kernel - q, conv.stride)));
-          if (inside_image != columns) {
-            columns = inside_image;
-            count = 0;
-            for (int64_t w = 0; w < window_rows; ++w) {
-              for (int64_t j = columns.first; j < columns.second; ++j) {
-                runs[count++] = {
-                    window[w].a + (left + v0 - j) * conv.batch * conv.out_channels,
-                    window[w].b + (q + j * conv.stride) * tap_elements,
-                    packed.terms};
-              }
-            }
-          }
-          strided_gemm(rows, vecs, runs.data(), count, row * conv.out_channels, strides, false, tile);
-          // Row by row: an image's pixels lie far from the next image's.
-          int64_t column = first * conv.stride + q - conv.padding, image = row % conv.batch;
-          for (int m = 0; m < rows; ++m) {
-            T* pixel = target + (image * conv.height * conv.width + column) * conv.in_channels;
-            store_tile(tile + m * vecs * kLanes, 1, vecs, panels.valid(panel), pixel, 0);
-            if (++image == conv.batch) {
-              image = 0;
-              column += conv.stride;
-            }
-          }
-        });
+    const int vecs = panels.width_vecs(panel);
+    const Strides strides{conv.out_channels, 1, vecs * kLanes};
+    const int64_t tap_elements = packed.terms * strides.b_step;
+    int64_t window_rows = 0;
+    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
+      const int64_t reached = iy + conv.padding - ky;
+      if (reached >= 0 && reached % conv.stride == 0 && reached / conv.stride < conv.out_height) {
+        window[window_rows++] = {
+            grad + reached / conv.stride * grad_line * conv.out_channels + group * conv.group_out(),
+            packed.panel(group, panel) + ky * conv.kernel * tap_elements};
       }
     }
+    T* target = dx + iy * conv.width * conv.in_channels + group * conv.group_in() + panels.start(panel);
+    // Columns ix = v * stride + q - padding of one remainder q are reached by the taps kx = q + j * stride, from the
+    // output columns v - j.
+    for (int64_t q = 0; q < conv.stride; ++q) {
+      const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
+      const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
+      int64_t count = 0;
+      std::pair<int64_t, int64_t> columns(0, 0); // j that `runs` are for
+      for_row_tiles((v1 - v0) * conv.batch, conv.batch, vecs, [&](int64_t row, int rows) {
+        const int64_t first = v0 + row / conv.batch, last = v0 + (row + rows - 1) / conv.batch;
+        const std::pair inside_image(
+            std::max<int64_t>(first - conv.out_width + 1, 0),
+            std::min(last + 1, ceil_div(conv.kernel - q, conv.stride)));
+        if (inside_image != columns) {
+          columns = inside_image;
+          count = 0;
+          for (int64_t w = 0; w < window_rows; ++w) {
+            for (int64_t j = columns.first; j < columns.second; ++j) {
+              runs[count++] = {
+                  window[w].a + (left + v0 - j) * conv.batch * conv.out_channels,
+                  window[w].b + (q + j * conv.stride) * tap_elements,
+                  packed.terms};
+            }
+          }
+        }
+        strided_gemm(rows, vecs, runs.data(), count, row * conv.out_channels, strides, false, tile);
+        // Row by row: an image's pixels lie far from the next image's.
+        int64_t column = first * conv.stride + q - conv.padding, image = row % conv.batch;
+        for (int m = 0; m < rows; ++m) {
+          T* pixel = target + (image * conv.height * conv.width + column) * conv.in_channels;
+          store_tile(tile + m * vecs * kLanes, 1, vecs, panels.valid(panel), pixel, 0);
+          if (++image == conv.batch) {
+            image = 0;
+            column += conv.stride;
+          }
+        }
+      });
+    }
   });
+}
+
+void zero_padding(const TrainedConv& conv, float* grad) {
+  const int64_t pixel = conv.batch * conv.out_channels, line = conv.gradient_width * pixel;
+  const int64_t end = (conv.left + conv.out_width) * pixel;
+  for (int64_t y = 0; y < conv.out_height; ++y, grad += line) {
+    std::fill(grad, grad + conv.left * pixel, 0.f);
+    std::fill(grad + end, grad + line, 0.f);
+  }
 }
 
 void trained_conv_backward_weight(
@@ -268,8 +314,8 @@ void trained_conv_backward_weight(
   // Tiles of out channels (rows) by in channels (vectors), one tap each, some of them held while chunks of image rows
   // stream by; neighbouring tiles read the same input. No two tasks share a tile: nothing is summed over threads.
   const ColumnPanels panels(conv.group_in());
-  const int64_t phase_line = conv.phase_width() * conv.batch;
-  const int64_t grad_line = conv.gradient_width() * conv.batch;
+  const int64_t phase_line = conv.phase_width * conv.batch;
+  const int64_t grad_line = conv.gradient_width * conv.batch;
   const int64_t chunk = ceil_div(kWeightTerms, conv.out_width * conv.batch); // output lines
   const Strides strides{1, conv.out_channels, conv.in_channels};
   const bool in_place = grad_weight.scalar_type() == at::kFloat;
@@ -282,35 +328,43 @@ void trained_conv_backward_weight(
     inside_columns.push_back(inside(k, conv.width, conv.out_width, conv));
     inside_rows.push_back(inside(k, conv.height, conv.out_height, conv));
   }
-  for (int64_t p = 0; p < panels.count; ++p) {
+  // A unit is a tile; unit = (group, tap, tile) of one panel, the tile of rows fastest.
+  const auto tiles_of = [&](int vecs) { return ceil_div(conv.group_out(), max_tile_rows(vecs)); };
+  const int64_t most_units = conv.groups * tiles_of(panels.width_vecs(0)) * conv.taps();
+  const int64_t pieces = ceil_div(piece_count(most_units * panels.count), panels.count); // of each panel
+  parallel_tasks(panels.count * pieces, [&](int64_t task) {
+    const int64_t p = task / pieces;
     const int vecs = panels.width_vecs(p);
-    const int64_t most = max_tile_rows(vecs), tiles = ceil_div(conv.group_out(), most);
-    const int64_t units = conv.groups * tiles * conv.taps();
-    const int64_t tile_elements = most * vecs * kLanes;
-    // unit = (group, tap, tile), the tile of rows fastest.
+    const int64_t tiles = tiles_of(vecs), units = conv.groups * tiles * conv.taps();
+    const int64_t tile_elements = max_tile_rows(vecs) * vecs * kLanes;
     const auto row_of = [&](int64_t tile) { return conv.group_out() * tile / tiles; };
     const auto sum_units = [&](int64_t begin, int64_t end, float* sum, std::vector<Run>& runs) {
       for (int64_t y = 0; y < conv.out_height; y += chunk) {
+        int64_t count = 0, runs_for = -1; // the (group, tap) of `runs`
         for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t t = unit % tiles, tap = unit / tiles % conv.taps(), group = unit / tiles / conv.taps();
-          const int64_t ky = tap / conv.kernel, kx = tap % conv.kernel;
-          const auto [x0, x1] = inside_columns[kx];
-          const auto [y0, y1] = inside_rows[ky];
-          int64_t count = 0;
-          for (int64_t oy = std::max(y, y0); oy < std::min(y + chunk, y1) && x0 < x1; ++oy) {
-            const int64_t iy = oy * conv.stride - conv.padding + ky;
-            const int64_t from = oy * grad_line + (conv.left() + x0) * conv.batch;
-            const int64_t pixel =
-                (iy * conv.stride + kx % conv.stride) * phase_line + (x0 + kx / conv.stride) * conv.batch;
-            runs[count++] = {
-                grad + from * conv.out_channels + group * conv.group_out() + row_of(t),
-                padded + pixel * conv.in_channels + group * conv.group_in() + panels.start(p),
-                (x1 - x0) * conv.batch};
+          const int64_t t = unit % tiles, group_tap = unit / tiles;
+          if (group_tap != runs_for) {
+            runs_for = group_tap;
+            count = 0;
+            const int64_t tap = group_tap % conv.taps(), group = group_tap / conv.taps();
+            const int64_t ky = tap / conv.kernel, kx = tap % conv.kernel;
+            const auto [x0, x1] = inside_columns[kx];
+            const auto [y0, y1] = inside_rows[ky];
+            for (int64_t oy = std::max(y, y0); oy < std::min(y + chunk, y1) && x0 < x1; ++oy) {
+              const int64_t iy = oy * conv.stride - conv.padding + ky;
+              const int64_t from = oy * grad_line + (conv.left + x0) * conv.batch;
+              const int64_t pixel =
+                  (iy * conv.stride + kx % conv.stride) * phase_line + (x0 + kx / conv.stride) * conv.batch;
+              runs[count++] = {
+                  grad + from * conv.out_channels + group * conv.group_out(),
+                  padded + pixel * conv.in_channels + group * conv.group_in() + panels.start(p),
+                  (x1 - x0) * conv.batch};
+            }
           }
           if (count > 0 || y == 0) {
             const int rows = static_cast<int>(row_of(t + 1) - row_of(t));
             float* tile = sum + (unit - begin) * tile_elements;
-            strided_gemm(rows, vecs, runs.data(), count, 0, strides, y > 0, tile);
+            strided_gemm(rows, vecs, runs.data(), count, row_of(t), strides, y > 0, tile);
           }
         }
       }
@@ -333,17 +387,16 @@ void trained_conv_backward_weight(
         }
       }
     };
-    parallel_pieces(0, units, 1, [&](int64_t begin, int64_t end) {
-      const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), end - begin);
-      float* sum = scratch<float>(kRows, held * tile_elements);
-      std::vector<Run> runs(chunk);
-      for (int64_t first = begin; first < end; first += held) {
-        const int64_t last = std::min(first + held, end);
-        sum_units(first, last, sum, runs);
-        store_units(first, last, sum);
-      }
-    });
-  }
+    const int64_t begin = units * (task % pieces) / pieces, end = units * (task % pieces + 1) / pieces;
+    const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), std::max<int64_t>(end - begin, 1));
+    float* sum = scratch<float>(kRows, held * tile_elements);
+    std::vector<Run> runs(chunk);
+    for (int64_t first = begin; first < end; first += held) {
+      const int64_t last = std::min(first + held, end);
+      sum_units(first, last, sum, runs);
+      store_units(first, last, sum);
+    }
+  });
   if (!in_place) {
     grad_weight.copy_(sums);
   }

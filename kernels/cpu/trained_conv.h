@@ -22,6 +22,10 @@ struct TrainedConv {
   int64_t batch, in_channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t kernel, stride, padding, groups;
+  // The padded input: (height, stride phases, phase_width, batch, in_channels).
+  int64_t phase_width;
+  // The padded output gradient: (out_height, gradient_width = left + out_width + some, batch, out_channels).
+  int64_t left, gradient_width;
 
   TrainedConv(at::IntArrayRef input, const at::Tensor& weight, int64_t stride, int64_t groups);
 
@@ -37,29 +41,11 @@ struct TrainedConv {
   int64_t pixels() const { // of the output, all images
     return out_height * out_width * batch;
   }
-  // The padded input: (height, stride phases, phase_width, batch, in_channels).
-  int64_t phase_width() const {
-    return ceil_div(width + 2 * padding, stride);
-  }
   int64_t padded_input() const {
-    return height * stride * phase_width() * batch * in_channels;
-  }
-  // The padded output gradient: (out_height, left + out_width + right, batch, out_channels).
-  int64_t left() const {
-    return std::max<int64_t>((kernel - 1) / stride - padding / stride, 0);
-  }
-  int64_t right() const {
-    return std::max<int64_t>((width - 1 + padding) / stride - (out_width - 1), 0);
-  }
-  int64_t gradient_width() const {
-    return left() + out_width + right();
+    return height * stride * phase_width * batch * in_channels;
   }
   int64_t padded_gradient() const {
-    return out_height * gradient_width() * batch * out_channels;
-  }
-  // Where output pixel `pixel` of the first image lies in the padded output gradient, in pixels.
-  int64_t gradient_pixel(int64_t pixel) const {
-    return (pixel / out_width * gradient_width() + left() + pixel % out_width) * batch;
+    return out_height * gradient_width * batch * out_channels;
   }
 };
 
@@ -70,6 +56,9 @@ void pad_input(const TrainedConv& conv, const T* input, float* padded);
 // y: (out_height, out_width, batch, out_channels).
 template <class T>
 void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y);
+
+// Zeros in the padding columns of the padded output gradient.
+void zero_padding(const TrainedConv& conv, float* grad);
 
 // dx: channels_last (N, C, H, W). grad: the padded output gradient, its padding columns zero.
 template <class T>
@@ -98,6 +87,16 @@ struct ColumnPanels {
   int64_t valid(int64_t panel) const { // columns that exist
     return std::min<int64_t>(width_vecs(panel) * kLanes, columns - start(panel));
   }
+};
+
+// A trained 1x1 convolution of rows of channels, its weight (O, I, 1, 1) packed once: y = x W, or x W^T transposed.
+struct TrainedPointwise {
+  int64_t in_channels, out_channels; // of x and of y
+  ColumnPanels panels;
+  at::Tensor packed; // [panel][input channel][column]
+
+  TrainedPointwise(const at::Tensor& weight, bool transposed);
+  void rows(const float* x, int64_t count, float* y) const;
 };
 
 // Calls body(first row, rows) for tiles of nearly equal height, at most max_tile_rows(vecs). Heights are whole

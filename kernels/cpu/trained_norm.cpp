@@ -1,16 +1,16 @@
 // See trained_norm.h.
 #include "trained_norm.h"
 
-#include <ATen/ops/ones.h>
+#include <ATen/ops/full.h>
 
 #include <cmath>
 
 namespace tinytl::cpu {
 namespace {
 
-at::Tensor parameter(const OptionalTensor& given, int64_t channels, const at::Tensor& missing) {
+at::Tensor parameter(const OptionalTensor& given, int64_t channels, float missing) {
   if (!given.has_value() || !given->defined()) {
-    return missing;
+    return at::full({channels}, missing, at::kFloat);
   }
   TORCH_CHECK(
       given->dim() == 1 && given->size(0) == channels, "norm: expected (", channels, ") parameters, got ", given->sizes());
@@ -49,47 +49,55 @@ TrainedNorm::TrainedNorm(
       channels,
       " channels, got ",
       groups);
-  this->weight = parameter(weight, channels, at::ones({channels}, at::kFloat));
-  this->bias = parameter(bias, channels, at::zeros({channels}, at::kFloat));
+  // Whole pixels; a chain of additions is about kTaskRows long.
+  task_pixels = groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1);
+  this->weight = parameter(weight, channels, 1.f);
+  this->bias = parameter(bias, channels, 0.f);
 }
 
 template <class T>
-void TrainedNorm::measure(const T* x) {
+void TrainedNorm::measure_rows(const T* x, int64_t begin, int64_t end, float* moments) const {
   // Mean as rounded, sum of the deviations from it (they mend it) and of their squares.
   const int64_t length = sets() * channels;
-  std::vector<float> partial(tasks() * 3 * length);
-  for_tasks([&](int64_t task, int64_t begin, int64_t end) {
-    float* means = partial.data() + task * 3 * length;
-    for_vectors([&](int64_t set, int64_t c, int64_t lanes) TINYTL_LAMBDA_INLINE {
-      Vec sum(0.f), deviation(0.f), square(0.f);
-      for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
-        sum = sum + load_channels(x + row * channels + c, lanes);
-      });
-      const Vec mean = sum / Vec(static_cast<float>((end - begin) / sets()));
-      for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
-        const Vec off = load_channels(x + row * channels + c, lanes) - mean;
-        deviation = deviation + off;
-        square = at::vec::fmadd(off, off, square);
-      });
-      float* target = means + set * channels + c;
-      store_channels(target, mean, lanes);
-      store_channels(target + length, deviation, lanes);
-      store_channels(target + 2 * length, square, lanes);
+  for_vectors([&](int64_t set, int64_t c, int64_t lanes) TINYTL_LAMBDA_INLINE {
+    Vec sum(0.f), deviation(0.f), square(0.f);
+    for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+      sum = sum + load_channels(x + row * channels + c, lanes);
     });
+    const Vec mean = sum / Vec(static_cast<float>((end - begin) / sets()));
+    for_rows(set, begin, end, [&](int64_t row, int64_t, int64_t) TINYTL_LAMBDA_INLINE {
+      const Vec off = load_channels(x + row * channels + c, lanes) - mean;
+      deviation = deviation + off;
+      square = at::vec::fmadd(off, off, square);
+    });
+    float* target = moments + set * channels + c;
+    store_channels(target, mean, lanes);
+    store_channels(target + length, deviation, lanes);
+    store_channels(target + 2 * length, square, lanes);
   });
+}
+
+void TrainedNorm::take_moments(const std::vector<float>& partial) {
+  // Channel by channel first: their counts are the same.
+  const int64_t length = sets() * channels;
+  std::vector<double> means(length), squares(length);
+  double count = 0;
+  for (int64_t task = 0; task < tasks(); ++task) {
+    const float* found = partial.data() + task * 3 * length;
+    const auto more = static_cast<double>((std::min((task + 1) * task_rows(), rows()) - task * task_rows()) / sets());
+    const double total = count + more, share = more / total;
+    for (int64_t i = 0; i < length; ++i) {
+      const double mend = found[length + i] / more;
+      const double delta = found[i] + mend - means[i];
+      means[i] += delta * share;
+      squares[i] += found[2 * length + i] - mend * found[length + i] + delta * delta * count * share;
+    }
+    count = total;
+  }
   const int64_t entries = groups > 0 ? batch * groups : channels;
   std::vector<Moments> moments(entries);
-  for (int64_t task = 0; task < tasks(); ++task) {
-    const float* means = partial.data() + task * 3 * length;
-    const auto count = static_cast<double>((std::min((task + 1) * task_rows(), rows()) - task * task_rows()) / sets());
-    for (int64_t set = 0; set < sets(); ++set) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t i = set * channels + c;
-        const double deviation = means[length + i];
-        const double squares = means[2 * length + i] - deviation * deviation / count;
-        moments[entry(set, c)].add(count, means[i] + deviation / count, squares);
-      }
-    }
+  for (int64_t i = 0; i < length; ++i) {
+    moments[entry(i / channels, i % channels)].add(count, means[i], squares[i]);
   }
   at::Tensor measured = at::empty({2, entries}, weight.options());
   float* target = measured.data_ptr<float>();
@@ -180,8 +188,8 @@ void TrainedNorm::gradient_terms(std::vector<float>& constant, std::vector<float
   }
 }
 
-template void TrainedNorm::measure<float>(const float*);
-template void TrainedNorm::measure<c10::BFloat16>(const c10::BFloat16*);
-template void TrainedNorm::measure<c10::Half>(const c10::Half*);
+template void TrainedNorm::measure_rows<float>(const float*, int64_t, int64_t, float*) const;
+template void TrainedNorm::measure_rows<c10::BFloat16>(const c10::BFloat16*, int64_t, int64_t, float*) const;
+template void TrainedNorm::measure_rows<c10::Half>(const c10::Half*, int64_t, int64_t, float*) const;
 
 } // namespace tinytl::cpu

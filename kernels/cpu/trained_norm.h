@@ -22,6 +22,7 @@ constexpr int64_t kTaskRows = 96;
 struct TrainedNorm {
   int64_t channels, batch, pixels;
   int64_t groups; // 0: BatchNorm
+  int64_t task_pixels;
   double eps;
   bool of_batch; // statistics depend on the input
   at::Tensor weight, bias; // float32
@@ -44,9 +45,8 @@ struct TrainedNorm {
   int64_t rows() const {
     return pixels * batch;
   }
-  // Whole pixels; a chain of additions is about kTaskRows long.
   int64_t task_rows() const {
-    return (groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1)) * batch;
+    return task_pixels * batch;
   }
   int64_t tasks() const {
     return ceil_div(rows(), task_rows());
@@ -56,11 +56,24 @@ struct TrainedNorm {
     return groups > 0 ? set * groups + channel / (channels / groups) : channel;
   }
 
-  // Statistics of x, or given ones.
+  // The same tasks for both, so that one may follow the other in a task.
+  void align(TrainedNorm& other) {
+    task_pixels = other.task_pixels = std::min(task_pixels, other.task_pixels);
+  }
+  // What tasks find out, `values` numbers for every channel of every set: (tasks, values, sets, channels).
+  std::vector<float> partial(int64_t values) const {
+    return std::vector<float>(tasks() * values * sets() * channels);
+  }
+  float* of_task(std::vector<float>& partial, int64_t task) const {
+    return partial.data() + task * (static_cast<int64_t>(partial.size()) / tasks());
+  }
+
+  // Statistics of x: `measure_rows` in every task, with partial(3), then `take_moments`. Or given ones.
   template <class T>
-  void measure(const T* x);
+  void measure_rows(const T* x, int64_t begin, int64_t end, float* moments) const;
+  void take_moments(const std::vector<float>& partial);
   void use(const at::Tensor& given);
-  // Sums over a gradient were taken: partial (tasks, 2, sets, channels).
+  // Sums over a gradient were taken, with partial(2).
   void take_sums(const std::vector<float>& partial);
   // The gradients of weight and bias.
   at::Tensor grad_weight(bool wanted) const;

@@ -4,7 +4,7 @@
 //     backward   dbranch = (row weights)^T (column weights)^T dout            dmain is dout itself
 //
 // Forward reads main and branch once and writes out, which may be main. Backward is a gather: a task owns rows of
-// dbranch; it first adds up the weighted rows of dout in a float32 row of scratch, then the weighted columns of that.
+// dbranch. Both work on one weighted sum of rows, float32 in scratch, and then weigh its columns.
 #include "operators.h"
 #include "parallel.h"
 
@@ -38,6 +38,21 @@ struct Axis {
   }
 };
 
+// The same seen from the other side: in position i is read by `shares[i]` out positions from `first[i]` on.
+struct Readers {
+  std::vector<int64_t> first;
+  std::vector<std::vector<float>> shares;
+
+  Readers(const Axis& axis, int64_t in) : first(in), shares(in) {
+    for (int64_t i = 0; i < in; ++i) {
+      first[i] = axis.begin(i);
+      for (int64_t o = first[i]; o < axis.end(i); ++o) {
+        shares[i].push_back(axis.share(o, i));
+      }
+    }
+  }
+};
+
 void check_image(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions (N, C, H, W), got ", tensor.sizes());
 }
@@ -59,6 +74,7 @@ void add_rows(const at::Tensor& main, const at::Tensor& branch, at::Tensor& out)
       branch.scalar_type(),
       ")");
   const Axis rows(branch_height, height), columns(branch_width, width);
+  const int64_t padded = padded_channels(channels);
   with_storage_type(main.scalar_type(), "main", [&](auto zero) {
     using T = decltype(zero);
     const T* base = main.data_ptr<T>();
@@ -66,20 +82,27 @@ void add_rows(const at::Tensor& main, const at::Tensor& branch, at::Tensor& out)
     T* target = out.data_ptr<T>();
     const int64_t grain = std::max<int64_t>(16384 / std::max<int64_t>(width * channels, 1), 1);
     parallel_pieces(0, main.size(0) * height, grain, [&](int64_t begin, int64_t end) {
+      float* between = scratch<float>(kRows, branch_width * padded); // rows of the branch
       for (int64_t line = begin; line < end; ++line) {
         const int64_t image = line / height, row = line % height;
         const T* low = source + (image * branch_height + rows.low[row]) * branch_width * channels;
         const T* high = source + (image * branch_height + rows.high[row]) * branch_width * channels;
         const Vec down(rows.weight[row]), up(1.f - rows.weight[row]);
+        for (int64_t column = 0; column < branch_width; ++column) {
+          for (int64_t c = 0; c < channels; c += kLanes) {
+            const int64_t at = column * channels + c, count = channels - c;
+            (load_channels(low + at, count) * up + load_channels(high + at, count) * down)
+                .store(between + column * padded + c);
+          }
+        }
         for (int64_t column = 0; column < width; ++column) {
           const int64_t at = (line * width + column) * channels;
-          const int64_t left = columns.low[column] * channels, right = columns.high[column] * channels;
+          const float* left = between + columns.low[column] * padded;
+          const float* right = between + columns.high[column] * padded;
           const Vec to_right(columns.weight[column]), to_left(1.f - columns.weight[column]);
           for (int64_t c = 0; c < channels; c += kLanes) {
-            const int64_t count = channels - c;
-            const Vec top = load_channels(low + left + c, count) * to_left + load_channels(low + right + c, count) * to_right;
-            const Vec bottom = load_channels(high + left + c, count) * to_left + load_channels(high + right + c, count) * to_right;
-            store_channels(target + at + c, load_channels(base + at + c, count) + (top * up + bottom * down), count);
+            const Vec added = Vec::loadu(left + c) * to_left + Vec::loadu(right + c) * to_right;
+            store_channels(target + at + c, load_channels(base + at + c, channels - c) + added, channels - c);
           }
         }
       }
@@ -122,7 +145,7 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
   const at::Tensor grad = grad_output.contiguous(nhwc);
   at::Tensor grad_branch = at::empty(branch_size, grad.options(), nhwc);
   const int64_t branch_height = branch_size[2], branch_width = branch_size[3];
-  const Axis rows(branch_height, height), columns(branch_width, width);
+  const Readers rows(Axis(branch_height, height), branch_height), columns(Axis(branch_width, width), branch_width);
   const int64_t padded = padded_channels(channels);
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
@@ -133,25 +156,28 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
       float* combined = scratch<float>(kRows, width * padded);
       for (int64_t line = begin; line < end; ++line) {
         const int64_t image = line / branch_height, row = line % branch_height;
-        std::memset(combined, 0, sizeof(float) * width * padded);
-        for (int64_t r = rows.begin(row); r < rows.end(row); ++r) {
-          const Vec share(rows.share(r, row));
-          const T* from = source + (image * height + r) * width * channels;
-          for (int64_t column = 0; column < width; ++column) {
-            float* to = combined + column * padded;
-            for (int64_t c = 0; c < channels; c += kLanes) {
-              const Vec value = load_channels(from + column * channels + c, channels - c);
-              at::vec::fmadd(value, share, Vec::loadu(to + c)).store(to + c);
+        const T* from = source + (image * height + rows.first[row]) * width * channels;
+        const auto& row_shares = rows.shares[row];
+        for (int64_t column = 0; column < width; ++column) {
+          for (int64_t c = 0; c < channels; c += kLanes) {
+            Vec sum(0.f);
+            const T* value = from + column * channels + c;
+            for (const float share : row_shares) {
+              sum = at::vec::fmadd(load_channels(value, channels - c), Vec(share), sum);
+              value += width * channels;
             }
+            sum.store(combined + column * padded + c);
           }
         }
         for (int64_t column = 0; column < branch_width; ++column) {
-          const int64_t first = columns.begin(column), last = columns.end(column);
+          const float* first = combined + columns.first[column] * padded;
           T* to = target + (line * branch_width + column) * channels;
           for (int64_t c = 0; c < channels; c += kLanes) {
             Vec sum(0.f);
-            for (int64_t q = first; q < last; ++q) {
-              sum = at::vec::fmadd(Vec::loadu(combined + q * padded + c), Vec(columns.share(q, column)), sum);
+            const float* value = first + c;
+            for (const float share : columns.shares[column]) {
+              sum = at::vec::fmadd(Vec::loadu(value), Vec(share), sum);
+              value += padded;
             }
             store_channels(to + c, sum, channels - c);
           }

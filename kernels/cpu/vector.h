@@ -93,4 +93,42 @@ TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) 
   }
 }
 
+// `count` floats, by vectors: short rows, for which a call of memmove takes longer than the copy.
+TINYTL_INLINE void copy_row(const float* from, int64_t count, float* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    store_channels(to + c, load_channels(from + c, count - c), count - c);
+  }
+}
+
+// target[n * target_stride + m] = source[m * source_stride + n] for m < rows, n < columns.
+inline void transpose(
+    const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t rows, int64_t columns) {
+  int64_t whole_rows = 0, whole_columns = 0;
+#if defined(CPU_CAPABILITY_AVX2)
+  // Of 256-bit vectors ATen transposes this block in registers, and any other size element by element.
+  constexpr int BLOCK = 8;
+  whole_rows = rows / BLOCK * BLOCK;
+  whole_columns = columns / BLOCK * BLOCK;
+  for (int64_t m = 0; m < whole_rows; m += BLOCK) {
+    for (int64_t n = 0; n < whole_columns; n += BLOCK) {
+      at::vec::transpose_mxn<float, BLOCK, BLOCK>(
+          source + m * source_stride + n, source_stride, target + n * target_stride + m, target_stride);
+    }
+  }
+#endif
+  const auto rest = [&](int64_t m, int64_t n, int64_t height, int64_t width) {
+    if (height > 0 && width > 0) {
+      at::vec::transpose_mxn<float>(
+          source + m * source_stride + n,
+          source_stride,
+          target + n * target_stride + m,
+          target_stride,
+          static_cast<int>(height),
+          static_cast<int>(width));
+    }
+  };
+  rest(0, whole_columns, whole_rows, columns - whole_columns);
+  rest(whole_rows, 0, rows - whole_rows, columns);
+}
+
 } // namespace tinytl::cpu
