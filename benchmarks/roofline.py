@@ -174,7 +174,8 @@ def computed_by(run: Run) -> list[str]:
         run()
     names = [event.name for event in profile.events()]
     ours = [name.removeprefix("tinytl_cpu::") for name in names if name.startswith("tinytl_cpu::")]
-    wrappers = backend_module(BACKEND).DIFFERENTIABLE  # a kernel and its derivative, shown by their own names
+    backend = backend_module(BACKEND)
+    wrappers = {*backend.DIFFERENTIABLE, *backend.FUSED}  # of kernels that are shown by their own names
     ours = [name for name in ours if name not in wrappers]
     library = ["oneDNN"] if any("convolution" in name for name in names) else []
     return list(dict.fromkeys(library + ours)) or ["ATen"]

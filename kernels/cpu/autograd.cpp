@@ -150,8 +150,7 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
       refuse_trained(scale, name);
     }
     const std::string act = activation.value_or("none");
-    TORCH_CHECK(
-        !activation.has_value() || needs_masks, "needs_masks: a gradient can be asked for, so expected True, got False");
+    // Without masks that it needs, backward says so.
     Edges edges;
     const int64_t to_input = edges.of(input);
     edges.of(expand_weight);
@@ -292,6 +291,104 @@ struct UpsampleAdd : Function<UpsampleAdd> {
   }
 };
 
+// The same sum in `main` itself, which nobody has kept.
+struct UpsampleAddInPlace : Function<UpsampleAddInPlace> {
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor main, const at::Tensor& branch) {
+    ctx->saved_data["branch_size"] = branch.sizes().vec();
+    ctx->mark_dirty({main});
+    TINYTL_RECORDED("upsample_add_");
+    upsample_add_(main, branch);
+    return main;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return UpsampleAdd::backward(ctx, grads);
+  }
+};
+
+// Counts a batch in the running statistics of a BatchNorm, as nn.BatchNorm2d does. running: mean, variance and, where
+// it counts batches, their number; nothing for a norm that keeps none. statistics: mean and biased variance of `values`
+// values a channel.
+void track(at::TensorList running, double momentum, const at::Tensor& statistics, int64_t values) {
+  if (running.empty()) {
+    return;
+  }
+  const int64_t channels = statistics.size(1);
+  const float unbiased = values > 1 ? static_cast<float>(values) / static_cast<float>(values - 1) : 1.f;
+  const float share = static_cast<float>(momentum);
+  for (size_t i = 0; i < 2; ++i) {
+    TORCH_CHECK(
+        running[i].scalar_type() == at::kFloat && running[i].is_contiguous() && running[i].numel() == channels,
+        "running: expected ",
+        channels,
+        " contiguous float32 values, got ",
+        running[i].sizes());
+    float* kept = running[i].data_ptr<float>();
+    const float* measured = statistics.data_ptr<float>() + static_cast<int64_t>(i) * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      kept[c] = kept[c] * (1.f - share) + measured[c] * (i == 0 ? share : share * unbiased);
+    }
+    torch::autograd::impl::bump_version(running[i]);
+  }
+  if (running.size() > 2) {
+    ++*running[2].data_ptr<int64_t>();
+    torch::autograd::impl::bump_version(running[2]);
+  }
+}
+
+// A block and its lite residual: frozen_inverted_residual with its pooled input, lite_branch, upsample_add. Three nodes of
+// autograd's graph as they are from Python, so that what one has kept and made is freed before the next one runs.
+at::Tensor lite_residual_block(
+    const at::Tensor& input,
+    const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_bias,
+    const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_bias,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    const OptionalString& activation,
+    bool residual,
+    bool needs_masks,
+    const at::Tensor& weight1,
+    const OptionalTensor& norm_weight1,
+    const OptionalTensor& norm_bias1,
+    const OptionalTensor& running_mean1,
+    const OptionalTensor& running_var1,
+    const at::Tensor& weight2,
+    const OptionalTensor& norm_weight2,
+    const OptionalTensor& norm_bias2,
+    const OptionalTensor& running_mean2,
+    const OptionalTensor& running_var2,
+    int64_t branch_stride,
+    int64_t groups,
+    const std::string& branch_activation,
+    int64_t norm_groups1,
+    int64_t norm_groups2,
+    double eps1,
+    double eps2,
+    bool keep_conv,
+    const OptionalTensor& expand_scale,
+    const OptionalTensor& depthwise_scale,
+    const OptionalTensor& project_scale,
+    at::TensorList running1,
+    double momentum1,
+    at::TensorList running2,
+    double momentum2) {
+  variable_list block = FrozenInvertedResidual::apply(
+      input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride,
+      padding, activation, residual, needs_masks, true, expand_scale, depthwise_scale, project_scale);
+  const variable_list branch = LiteBranch::apply(
+      block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
+      running_mean2, running_var2, branch_stride, groups, branch_activation, norm_groups1, norm_groups2, eps1, eps2,
+      keep_conv);
+  block[3].reset(); // a frozen branch does not keep it
+  const int64_t values = branch[0].numel() / branch[0].size(1);
+  track(running1, momentum1, branch[2], values);
+  track(running2, momentum2, branch[3], values);
+  return UpsampleAddInPlace::apply(block[0], branch[0]);
+}
+
 // What torch.ops calls: the arguments of F::forward after its context.
 template <class F, class Forward = decltype(F::forward)>
 struct Call;
@@ -326,6 +423,16 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, int norm_groups2, float eps1, "
       "float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
       TORCH_FN(Call<LiteBranch>::call));
+  m.def(
+      "lite_residual_block(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int[2] stride, int[4] padding, "
+      "str? activation, bool residual, bool needs_masks, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, "
+      "Tensor? running_mean1, Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, "
+      "Tensor? running_mean2, Tensor? running_var2, int branch_stride, int groups, str branch_activation, "
+      "int norm_groups1, int norm_groups2, float eps1, float eps2, bool keep_conv, Tensor? expand_scale, "
+      "Tensor? depthwise_scale, Tensor? project_scale, Tensor(a!)[] running1, float momentum1, Tensor(b!)[] running2, "
+      "float momentum2) -> Tensor",
+      TORCH_FN((Kernel<&lite_residual_block>::call)));
   m.def("upsample_add(Tensor main, Tensor branch) -> Tensor", TORCH_FN(Call<UpsampleAdd>::call));
 }
 

@@ -96,15 +96,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
   });
 }
 
-template <auto Function>
-struct Kernel;
-template <class Result, class... Arguments, Result (*Function)(Arguments...)>
-struct Kernel<Function> {
-  static Result call(typename Passed<Arguments>::type... arguments) {
-    return Function(arguments...);
-  }
-};
-
 #define TINYTL_IMPL(name) m.impl(#name, TORCH_FN((Kernel<&name>::call)))
 
 TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {

@@ -19,4 +19,14 @@ struct Passed<const std::optional<std::string>&> {
   using type = std::optional<std::string>;
 };
 
+// What the dispatcher calls for a function.
+template <auto Function>
+struct Kernel;
+template <class Result, class... Arguments, Result (*Function)(Arguments...)>
+struct Kernel<Function> {
+  static Result call(typename Passed<Arguments>::type... arguments) {
+    return Function(arguments...);
+  }
+};
+
 } // namespace tinytl::cpu

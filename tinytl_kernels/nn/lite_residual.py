@@ -136,9 +136,13 @@ class LiteResidual(nn.Module):
         return children["conv1"], children["bn1"], children["act"], children["conv2"], children["final_bn"]
 
     def _one_operator(self, pooled: Tensor) -> Tensor:
+        output, *statistics = ops.lite_branch(pooled, *self._operands())
+        _update_running_statistics((self.bn1, self.final_bn), statistics, output.numel() // output.size(1))
+        return output
+
+    def _operands(self) -> ops.Branch:
         conv1, norm1, act, conv2, norm2 = self._children()
-        output, *statistics = ops.lite_branch(
-            pooled,
+        return ops.Branch(
             conv1._parameters["weight"],
             _as_operand(norm1),
             conv2._parameters["weight"],
@@ -148,11 +152,10 @@ class LiteResidual(nn.Module):
             _ACTIVATION_NAMES[type(act)],
             not self.recompute,
         )
-        _update_running_statistics((norm1, norm2), statistics, output.numel() // output.size(1))
-        return output
 
-    def _is_one_operator(self, pooled: Tensor) -> bool:
-        """Whether the operator computes what the children would: they may have been replaced since."""
+    def _is_one_operator(self, image: Tensor, downsampled: int = 1) -> bool:
+        """Whether the operator computes what the children would, which may have been replaced since, for ``image``
+        pooled by ``downsampled``."""
         conv1, norm1, act, conv2, norm2 = self._children()
         norms = (norm1, norm2)
         if (
@@ -171,12 +174,16 @@ class LiteResidual(nn.Module):
         ):
             return False
         # PyTorch's own errors name what does not fit, and what cannot be normalised.
-        if pooled.dim() != 4 or pooled.size(1) != conv1.in_channels or pooled.numel() == 0:
+        if image.dim() != 4 or image.size(1) != conv1.in_channels:
+            return False
+        batch, _, height, width = image.shape
+        height, width = height // downsampled, width // downsampled
+        if 0 in (batch, height, width):
             return False
         # In this order: the meta device knows no autocast.
         dtypes = {conv._parameters["weight"].dtype for conv in (conv1, conv2)}
-        same = dtypes == {pooled.dtype} or torch.is_autocast_enabled(pooled.device.type)
-        one_pixel = pooled.size(0) == 1 and max(pooled.shape[2:]) <= stride
+        same = dtypes == {image.dtype} or torch.is_autocast_enabled(image.device.type)
+        one_pixel = batch == 1 and max(height, width) <= stride
         return same and not (one_pixel and any(map(_normalises_channels, norms)))
 
     def _branch(self, pooled: Tensor) -> Tensor:
@@ -227,6 +234,18 @@ def _uses_batch(norm: nn.BatchNorm2d) -> bool:
 def _normalises_channels(norm: nn.BatchNorm2d | nn.GroupNorm) -> bool:
     """Whether each channel has statistics of its own, taken from the input."""
     return norm.num_groups == norm.num_channels if isinstance(norm, nn.GroupNorm) else _uses_batch(norm)
+
+
+def _running(norm: nn.BatchNorm2d | nn.GroupNorm) -> ops.Running | None:
+    """The statistics that a batch is counted in, or None where one call cannot count it."""
+    if isinstance(norm, nn.GroupNorm) or not (norm.training and norm.track_running_stats):
+        return ops.Running()
+    buffers = norm._buffers
+    statistics = [buffers["running_mean"], buffers["running_var"]]
+    if norm.momentum is None or any(s is None or s.dtype != torch.float32 for s in statistics):
+        return None
+    counter = buffers["num_batches_tracked"]
+    return ops.Running(statistics if counter is None else [*statistics, counter], norm.momentum)
 
 
 def _update_running_statistics(norms: tuple[nn.Module, ...], statistics: list[Tensor], values: int) -> None:
@@ -282,6 +301,8 @@ class LiteResidualBlock(nn.Module):
         self.lite = lite
 
     def forward(self, input: Tensor) -> Tensor:
+        if (output := self._in_one_call(input)) is not None:
+            return output
         after_pooling = self._after_pooling()
         if after_pooling is None:
             output = self.main(input)
@@ -290,6 +311,23 @@ class LiteResidualBlock(nn.Module):
         branch = after_pooling(pooled)
         del pooled  # a frozen branch does not need it any more, and the sum is the widest moment
         return ops.upsample_add(output, branch)
+
+    def _in_one_call(self, input: Tensor) -> Tensor | None:
+        """The sum where a backend computes all of it in one call, else None."""
+        main, lite = self.main, self.lite
+        # A class derived from these two may compute something else.
+        if (
+            getattr(type(main), "forward_with_pooled", None) is not FrozenInvertedResidual.forward_with_pooled
+            or getattr(type(lite), "forward_pooled", None) is not LiteResidual.forward_pooled
+        ):
+            return None
+        if not (main.fused and lite.fused and lite.downsample == 2 and lite._is_one_operator(input, 2)):
+            return None
+        running1, running2 = _running(lite.bn1), _running(lite.final_bn)
+        if running1 is None or running2 is None:
+            return None
+        block, scales = main._arguments(input)
+        return ops.lite_residual_block(block, scales, lite._operands(), running1, running2)
 
     def _after_pooling(self) -> Callable[[Tensor], Tensor] | None:
         """The branch without its pooling, where the fused block averages its input 2 x 2 while it streams it anyway."""

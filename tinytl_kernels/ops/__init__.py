@@ -7,12 +7,15 @@ from tinytl_kernels.ops.frozen_conv import frozen_conv
 from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
 from tinytl_kernels.ops.group_norm import group_norm_activation
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
+from tinytl_kernels.ops.lite_residual_block import Branch, Running, lite_residual_block
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.pad import pad2d
 from tinytl_kernels.ops.upsample_add import upsample_add
 
 __all__ = [
+    "Branch",
     "Norm",
+    "Running",
     "activation",
     "adaptive_avg_pool2d",
     "avg_pool2d",
@@ -22,6 +25,7 @@ __all__ = [
     "frozen_inverted_residual_pooled",
     "group_norm_activation",
     "lite_branch",
+    "lite_residual_block",
     "max_pool2d",
     "pad2d",
     "upsample_add",

@@ -119,7 +119,7 @@ def _call(
     return output, pooled
 
 
-def _check(
+def check_block(
     input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
     stride, padding, activation, residual, needs_masks, want_pooled,
     expand_scale=None, depthwise_scale=None, project_scale=None,
@@ -246,7 +246,7 @@ _frozen_inverted_residual = define_operator(
     " str? activation, bool residual, bool needs_masks, bool want_pooled, Tensor? expand_scale=None,"
     " Tensor? depthwise_scale=None, Tensor? project_scale=None)"
     " -> (Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
-    check=_check,
+    check=check_block,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

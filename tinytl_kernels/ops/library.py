@@ -81,7 +81,15 @@ class Operator:
         return self._function.apply(*args, compute)
 
 
-def _plain_eager(args: tuple) -> bool:
+def fused_call(name: str, operator: str, args: Sequence) -> Callable | None:
+    """What computes the chain ``name``, one of whose operators is ``operator``, in one call for these arguments, or
+    None; the first of them is the tensor that picks the backend."""
+    if torch.compiler.is_compiling() or not _plain_eager(args) or torch.is_autocast_enabled(args[0].device.type):
+        return None
+    return getattr(backend_of(operator, args[0]), "FUSED", {}).get(name)
+
+
+def _plain_eager(args: Sequence) -> bool:
     """Whether nothing stands between a call and its tensors that has to see the operator."""
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -88,7 +88,7 @@ def lite_branch(
     return output, *statistics
 
 
-def _check(
+def check_branch(
     pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1,
     weight2, norm_weight2, norm_bias2, running_mean2, running_var2,
     stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2, keep_conv,
@@ -199,7 +199,7 @@ _lite_branch = define_operator(
     " Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2,"
     " Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, int norm_groups2, float eps1,"
     " float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
-    check=_check,
+    check=check_branch,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

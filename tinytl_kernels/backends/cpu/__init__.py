@@ -11,6 +11,7 @@ from tinytl_kernels.backends.cpu import (
     frozen_inverted_residual,
     group_norm,
     lite_branch,
+    lite_residual_block,
     pooling,
     upsample_add,
 )
@@ -32,6 +33,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
+FUSED = lite_residual_block.FUSED
 
 
 def unavailable_reason() -> str | None:

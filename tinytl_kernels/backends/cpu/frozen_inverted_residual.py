@@ -18,7 +18,7 @@ def frozen_inverted_residual(
     stride, padding, activation, residual: bool, needs_masks: bool, want_pooled: bool,
     expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not _fused(stride, activation):
+    if not fused(stride, activation):
         return reference.frozen_inverted_residual(
             input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias,
             stride, padding, activation, residual, needs_masks, want_pooled,
@@ -43,7 +43,7 @@ def frozen_inverted_residual_backward(
     is_channels_last: bool, needed,
     expand_scale: Tensor | None = None, depthwise_scale: Tensor | None = None, project_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not _fused(stride, activation):
+    if not fused(stride, activation):
         return reference.frozen_inverted_residual_backward(
             grad_output, grad_pooled, expand_weight, depthwise_weight, project_weight, expand_mask, depthwise_mask,
             input_size, stride, padding, activation, residual, is_channels_last, needed,
@@ -65,12 +65,12 @@ def frozen_inverted_residual_backward(
 def differentiable(input: Tensor, *arguments) -> tuple[Tensor, ...] | None:
     """The operator with its derivative in C++ (``autograd.cpp``)."""
     stride, _, activation = arguments[6:9]
-    if not _fused(stride, activation) or memory_format(input) is not torch.channels_last:
+    if not fused(stride, activation) or memory_format(input) is not torch.channels_last:
         return None
     return torch.ops.tinytl_cpu.frozen_inverted_residual(input, *arguments)
 
 
-def _fused(stride, activation: str | None) -> bool:
+def fused(stride, activation: str | None) -> bool:
     return activation in _ACTIVATIONS and stride[0] == stride[1]
 
 
