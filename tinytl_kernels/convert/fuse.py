@@ -1,7 +1,8 @@
 """Recognise inverted residual blocks by their structure and compute each as one operator.
 
 The block stays where it is, with its class, its names and its children: the instance gets a subclass of its own class
-and of :class:`~tinytl_kernels.nn.FrozenInvertedResidual`, whose forward is the operator.
+and of :class:`~tinytl_kernels.nn.FrozenInvertedResidual`, whose forward is the operator. A block that is no module but
+a run of children of a longer ``nn.Sequential`` makes that a :class:`~tinytl_kernels.nn.FusedSequential`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Collection
 import torch
 from torch import fx, nn
 
-from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual
+from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
+from tinytl_kernels.nn.fused_sequential import block_at
 
 from .probe import tampered
 from .report import ConversionReport, Note
@@ -37,12 +39,15 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
     """
     done: list[str] = []
     for name, module in list(model.named_modules()):
-        if not name or any(name.startswith(f"{block}.") for block in done):
+        if any(name.startswith(f"{block}.") for block in done):
             continue
-        if any(path.startswith(f"{name}.") for path in apart):
-            continue
-        convs = _read_block(module)
+        holds_a_place = any(path.startswith(f"{name}.") for path in apart)
+        convs = None if not name or holds_a_place else _read_block(module)
         if convs is None:
+            prefix = f"{name}." if name else ""
+            if rows := _blocks_in_a_row(module, {path.removeprefix(prefix) for path in apart}):
+                module.__class__ = FusedSequential
+                report.done.extend(Note(prefix + row, "Sequential", "whole block as one operator") for row in rows)
             continue
         *chain, residual = convs
         paths = tuple(None if conv is None else _path_of(conv, module) for conv in chain)
@@ -51,8 +56,24 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
 
 
+def _blocks_in_a_row(module: nn.Module, apart: Collection[str]) -> list[str]:
+    """Where the blocks among the children of a plain ``nn.Sequential`` are: ``"3 to 6"``."""
+    if type(module) is not nn.Sequential or tampered(module):
+        return []
+    names, children = list(module._modules), list(module._modules.values())
+    found, at = [], 0
+    while at < len(children):
+        convs, after = block_at(children, at)
+        if convs is not None and not any(name in apart for name in names[at:after]):
+            found.append(f"{names[at]} to {names[after - 1]}")
+        at = max(after, at + 1)
+    return found
+
+
 def restore_block(module: nn.Module) -> None:
     """Undo :func:`fuse_blocks` for one module: the class it had."""
+    if type(module) is FusedSequential:
+        module.__class__ = nn.Sequential
     if "_layer_by_layer_class" in vars(type(module)):
         module.__class__ = type(module)._layer_by_layer_class
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_kernels.memory.inputs import as_arguments, batch_size, input_tensors, unwrap
 from tinytl_kernels.memory.report import format_bytes, largest, plot_memory, render_table
-from tinytl_kernels.nn import FrozenInvertedResidual, LiteResidual
+from tinytl_kernels.nn import FrozenInvertedResidual, FusedSequential, LiteResidual
 
 ACTIVATION_BYTES = 4
 TRAINED_BYTES = 4
@@ -207,7 +207,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, so that the run leaves no trace in running statistics, and operators of several layers one by one, so
     that the layers are seen; every module's own flags come back."""
     modes = {module: module.training for module in model.modules()}
-    blocks = [m for m in model.modules() if isinstance(m, (FrozenInvertedResidual, LiteResidual)) and m.fused]
+    several = (FrozenInvertedResidual, FusedSequential, LiteResidual)
+    blocks = [m for m in model.modules() if isinstance(m, several) and m.fused]
     try:
         model.eval()
         for block in blocks:

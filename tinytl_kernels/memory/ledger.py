@@ -15,6 +15,8 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tinytl_kernels.nn.fused_sequential import listens_only
+
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -76,12 +78,14 @@ class ModuleStack:
                 handle.remove()
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any], None]:
+        @listens_only
         def hook(module: nn.Module, args: Any) -> None:
             self._running.append(name)
             self._mark()
 
         return hook
 
+    @listens_only
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
         self._mark()

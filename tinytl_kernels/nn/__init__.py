@@ -14,6 +14,7 @@ from tinytl_kernels.nn.activation import (
 from tinytl_kernels.nn.dropout import Dropout
 from tinytl_kernels.nn.frozen_conv import FrozenConvBias
 from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
+from tinytl_kernels.nn.fused_sequential import FusedSequential
 from tinytl_kernels.nn.group_norm import GroupNorm
 from tinytl_kernels.nn.lite_residual import LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
@@ -26,6 +27,7 @@ __all__ = [
     "Dropout",
     "FrozenConvBias",
     "FrozenInvertedResidual",
+    "FusedSequential",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",

@@ -118,29 +118,7 @@ class FrozenInvertedResidual(nn.Module):
         return ops.frozen_inverted_residual_pooled(*arguments, **scales)
 
     def _arguments(self, input: Tensor) -> tuple[tuple, dict[str, Tensor | None]]:
-        expand, depthwise, project = self.expand, self.depthwise, self.project
-        for conv in (expand, depthwise, project):
-            if conv is not None:
-                conv.refuse_trained_weight()
-        arguments = (
-            input,
-            None if expand is None else expand.weight,
-            None if expand is None else expand.bias,
-            depthwise.weight,
-            depthwise.bias,
-            project.weight,
-            project.bias,
-            depthwise.stride,
-            depthwise.four_paddings(input),
-            depthwise.activation,
-            self.residual,
-        )
-        scales = {
-            "expand_scale": None if expand is None else expand.weight_scale,
-            "depthwise_scale": depthwise.weight_scale,
-            "project_scale": project.weight_scale,
-        }
-        return arguments, scales
+        return block_arguments(self.expand, self.depthwise, self.project, self.residual, input)
 
     def quantize_(self, code: str = "int8") -> FrozenInvertedResidual:
         """Hold the three weights in 8 bits; see :meth:`FrozenConvBias.quantize_`. Returns the block itself."""
@@ -158,6 +136,34 @@ class FrozenInvertedResidual(nn.Module):
 
     def extra_repr(self) -> str:
         return f"residual={self.residual}"
+
+
+def block_arguments(
+    expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias, residual: bool, input: Tensor
+) -> tuple[tuple, dict[str, Tensor | None]]:
+    """The arguments of :func:`tinytl_kernels.ops.frozen_inverted_residual`, by position and by name."""
+    for conv in (expand, depthwise, project):
+        if conv is not None:
+            conv.refuse_trained_weight()
+    arguments = (
+        input,
+        None if expand is None else expand.weight,
+        None if expand is None else expand.bias,
+        depthwise.weight,
+        depthwise.bias,
+        project.weight,
+        project.bias,
+        depthwise.stride,
+        depthwise.four_paddings(input),
+        depthwise.activation,
+        residual,
+    )
+    scales = {
+        "expand_scale": None if expand is None else expand.weight_scale,
+        "depthwise_scale": depthwise.weight_scale,
+        "project_scale": project.weight_scale,
+    }
+    return arguments, scales
 
 
 def not_a_block(expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias) -> str | None:
