@@ -11,8 +11,8 @@ from torch import nn
 
 import tinytl_kernels as tk
 from tinytl_kernels import FrozenConvBias
+from tinytl_kernels.core.hooks import listens_only
 from tinytl_kernels.nn import FusedSequential
-from tinytl_kernels.nn.fused_sequential import listens_only
 
 
 def conv(cin, cout, k=1, *, depthwise=False, activation="relu", **options) -> FrozenConvBias:

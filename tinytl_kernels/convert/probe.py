@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinytl_kernels.core.hooks import has_own_forward, hooks_of
 from tinytl_kernels.nn import activation_name
 from tinytl_kernels.nn.fold import applied_convolution
 
@@ -21,11 +22,11 @@ _TOLERANCE = 1e-9  # float64, relative to the largest output: the same arithmeti
 
 def tampered(module: nn.Module) -> str:
     """Why ``module`` must stay itself whatever it computes (hooks, parametrizations), else an empty string."""
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+    if hooks_of(module):
         return "it has hooks, which would be lost"
     if "parametrizations" in module._modules:
         return "it is parametrized"
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "its forward was replaced on the instance"
     return ""
 

@@ -15,7 +15,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinytl_kernels.nn.fused_sequential import listens_only
+from tinytl_kernels.core.hooks import listens_only
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

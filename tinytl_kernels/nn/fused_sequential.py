@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from tinytl_kernels import ops
+from tinytl_kernels.core.hooks import watched
 from tinytl_kernels.nn.frozen_conv import FrozenConvBias
 from tinytl_kernels.nn.frozen_inverted_residual import block_arguments, not_a_block
 
@@ -33,8 +34,9 @@ class FusedSequential(nn.Sequential):
         children = list(self._modules.values())
         at = 0
         while at < len(children):
-            convs, after = block_at(children, at) if self.fused else (None, at)
-            if convs is not None and isinstance(input, Tensor) and input.dim() == 4:
+            batched = isinstance(input, Tensor) and input.dim() == 4
+            convs, after = block_at(children, at) if self.fused and batched else (None, at)
+            if convs is not None:
                 arguments, scales = block_arguments(*convs, False, input)
                 input, at = ops.frozen_inverted_residual(*arguments, **scales), after
             else:
@@ -48,33 +50,18 @@ def block_at(children: Sequence[nn.Module], at: int) -> tuple[tuple | None, int]
     Returns:
         (expand or None, depthwise, project) and the index of the child behind them, or (None, at).
     """
-    convs, ends = [], []
+    convs, ends = [], []  # convolutions with nothing between them, and the index behind each
     for i in range(at, len(children)):
         child = children[i]
-        if type(child) is FrozenConvBias and not _watched(child):
+        if type(child) is FrozenConvBias and not watched(child):
             convs.append(child)
             ends.append(i + 1)
-        elif not convs or type(child) is not nn.Identity or _watched(child):
+        elif not convs or type(child) is not nn.Identity or watched(child):
             break
-        for block in (convs, [None, *convs]):
-            if len(block) == 3 and block[1].groups > 1 and not_a_block(*block) is None:
-                return tuple(block), ends[-1]
         if len(convs) == 3:
             break
+    candidates = (None, *convs[:2]), tuple(convs)  # of two convolutions, of three
+    for block, after in zip(candidates, ends[1:], strict=False):
+        if block[1].groups > 1 and not_a_block(*block) is None:
+            return block, after
     return None, at
-
-
-def listens_only(hook: Callable) -> Callable:
-    """Marks a hook that need not run for a layer that is computed with its neighbours: what measures a model must not
-    change what it computes."""
-    hook.listens_only = True
-    return hook
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody would notice that ``module`` is not called."""
-    own = vars(module)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in own or any(
-        not getattr(hook, "listens_only", False) for name in hooks for hook in own[name].values()
-    )
