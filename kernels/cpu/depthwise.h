@@ -180,11 +180,11 @@ TINYTL_INLINE void add_run(
     Vec w[TAPS];
     TINYTL_UNROLL
     for (int t = 0; t < TAPS; ++t) {
-      w[t] = Vec::loadu(weight + t * weight_step + v * kLanes);
+      w[t] = load_once(weight + t * weight_step + v * kLanes);
     }
     TINYTL_UNROLL
     for (int column = 0; column < (PIXELS - 1) * STRIDE + TAPS; ++column) {
-      const Vec value = Vec::loadu(source + column * kGroup + v * kLanes);
+      const Vec value = load_once(source + column * kGroup + v * kLanes);
       TINYTL_UNROLL
       for (int t = 0; t < TAPS; ++t) {
         const int p = (column - t) / STRIDE;
@@ -237,7 +237,7 @@ TINYTL_INLINE void correlate_tile(
         for (int64_t t = 0; t < taps; ++t) {
           TINYTL_UNROLL
           for (int v = 0; v < kGroupVecs; ++v) {
-            const Vec w = Vec::loadu(weight + t * weight_step + v * kLanes);
+            const Vec w = load_once(weight + t * weight_step + v * kLanes);
             TINYTL_UNROLL
             for (int p = 0; p < PIXELS; ++p) {
               sum[p][v] = at::vec::fmadd(Vec::loadu(source + (p * stride + t) * kGroup + v * kLanes), w, sum[p][v]);

@@ -118,19 +118,18 @@ struct RowToTensor {
 
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
-    with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum);
-    });
-    TINYTL_UNROLL
-    for (int p = 0; p < PIXELS; ++p) {
+    const auto store = [&](int p, const Vec(&pixel)[kGroupVecs]) TINYTL_LAMBDA_INLINE {
       TINYTL_UNROLL
       for (int v = 0; v < kGroupVecs; ++v) {
         const int64_t at = group * kGroup + v * kLanes;
         if (at < channels) {
-          store_channels(out + (j0 + p) * channels + at, sum[p][v], channels - at);
+          store_channels(out + (j0 + p) * channels + at, pixel[v], channels - at);
         }
       }
-    }
+    };
+    with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
+      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum, store);
+    });
   }
 };
 

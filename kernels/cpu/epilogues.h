@@ -5,6 +5,7 @@
 #include "bitmask.h"
 #include "vector.h"
 
+#include <array>
 #include <utility>
 
 namespace tinytl::cpu {
@@ -39,68 +40,92 @@ struct MaskRows {
 
 // The mask bits of a pixel whose last group is not whole, or of groups beyond the last channel, which have none.
 template <int GROUPS>
-__attribute__((noinline)) void store_partial_bits(uint8_t* bytes, const uint32_t (&bits)[GROUPS], int64_t channels) {
+__attribute__((noinline)) void store_partial_bits(uint8_t* bytes, std::array<uint32_t, GROUPS> bits, int64_t channels) {
   for (int g = 0; g < GROUPS && channels > g * kGroup; ++g) {
     store_group_bits(bytes + g * kGroupBytes, bits[g], channels - g * kGroup);
   }
 }
 
-// Activates a tile in place and, when bytes is not null, stores its mask bits. bytes: of the tile's first pixel and
-// group; channels: from that group's first on. A byte written may alias anything, so everything is passed by value.
-template <Activation A, int ROWS, int VECS>
-TINYTL_INLINE void activate_tile(uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS]) {
-  if constexpr (A != Activation::none) {
-    constexpr int GROUPS = VECS / kGroupVecs;
-    if (bytes != nullptr) {
-      const bool whole = channels >= GROUPS * kGroup;
-      TINYTL_UNROLL
-      for (int m = 0; m < ROWS; ++m) {
-        uint32_t bits[GROUPS];
-        TINYTL_UNROLL
-        for (int g = 0; g < GROUPS; ++g) {
-          bits[g] = group_bits<A>(&sum[m][g * kGroupVecs]);
-        }
-        if (whole) {
-          TINYTL_UNROLL
-          for (int g = 0; g < GROUPS; ++g) {
-            store_group_bits(bytes + g * kGroupBytes, bits[g], kGroup);
-          }
-        } else {
-          store_partial_bits(bytes, bits, channels);
-        }
-        bytes += stride;
-      }
-    }
+// Activates a tile, stores its mask bits where bytes is not null, and hands it on row by row, store(m, values): what is
+// done with a row frees its registers for the next one. bytes: of the tile's first pixel and group; channels: from that
+// group's first on. A byte written may alias anything, so everything is passed by value.
+template <Activation A, int ROWS, int VECS, class Store>
+TINYTL_INLINE void activate_tile(
+    uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS], const Store& store) {
+  constexpr int GROUPS = VECS / kGroupVecs;
+  const auto rows = [&](const auto& store_bits) TINYTL_LAMBDA_INLINE {
     TINYTL_UNROLL
     for (int m = 0; m < ROWS; ++m) {
+      store_bits(m);
       TINYTL_UNROLL
       for (int v = 0; v < VECS; ++v) {
         sum[m][v] = activate<A>(sum[m][v]);
       }
+      store(m, sum[m]);
     }
+  };
+  if (A == Activation::none || bytes == nullptr) {
+    rows([](int) TINYTL_LAMBDA_INLINE {});
+  } else if (channels >= GROUPS * kGroup) {
+    rows([&](int m) TINYTL_LAMBDA_INLINE {
+      TINYTL_UNROLL
+      for (int g = 0; g < GROUPS; ++g) {
+        store_group_bits(bytes + m * stride + g * kGroupBytes, group_bits<A>(&sum[m][g * kGroupVecs]), kGroup);
+      }
+    });
+  } else {
+    rows([&](int m) TINYTL_LAMBDA_INLINE {
+      std::array<uint32_t, GROUPS> bits;
+      TINYTL_UNROLL
+      for (int g = 0; g < GROUPS; ++g) {
+        bits[g] = group_bits<A>(&sum[m][g * kGroupVecs]);
+      }
+      store_partial_bits<GROUPS>(bytes + m * stride, bits, channels);
+    });
   }
 }
 
-// Zeroes the blocked gradients of a tile in place; arguments as above, bytes not null.
-template <int ROWS, int VECS>
-TINYTL_INLINE void select_tile(const uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS]) {
+// Zeroes the blocked gradients of a tile and hands it on, as above; where bytes is null, everything passes.
+template <int ROWS, int VECS, class Store>
+TINYTL_INLINE void select_tile(
+    const uint8_t* bytes, int64_t stride, int64_t channels, Vec (&sum)[ROWS][VECS], const Store& store) {
   constexpr int GROUPS = VECS / kGroupVecs;
-  if (channels >= GROUPS * kGroup) {
+  const auto rows = [&](int64_t left) TINYTL_LAMBDA_INLINE {
     TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
+    for (int m = 0; m < ROWS; ++m, bytes += stride) {
       TINYTL_UNROLL
       for (int g = 0; g < GROUPS; ++g) {
-        select_group(&sum[m][g * kGroupVecs], bytes + m * stride + g * kGroupBytes, kGroup);
+        select_group(&sum[m][g * kGroupVecs], bytes + g * kGroupBytes, left - g * kGroup);
       }
+      store(m, sum[m]);
     }
+  };
+  if (bytes == nullptr) {
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      store(m, sum[m]);
+    }
+  } else if (channels >= GROUPS * kGroup) {
+    rows(GROUPS * kGroup);
   } else {
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      TINYTL_UNROLL
-      for (int g = 0; g < GROUPS; ++g) {
-        select_group(&sum[m][g * kGroupVecs], bytes + m * stride + g * kGroupBytes, channels - g * kGroup);
-      }
-    }
+    rows(channels);
+  }
+}
+
+template <int VECS>
+TINYTL_INLINE void add_to(float* target, const Vec (&values)[VECS]) {
+  TINYTL_UNROLL
+  for (int v = 0; v < VECS; ++v) {
+    (Vec::loadu(target + v * kLanes) + values[v]).store(target + v * kLanes);
+  }
+}
+
+// The channels of a pixel to their places in the ring.
+template <int VECS>
+TINYTL_INLINE void store_ring_row(const Vec (&row)[VECS], float* target, int64_t plane) {
+  TINYTL_UNROLL
+  for (int v = 0; v < VECS; ++v) {
+    row[v].store(target + v / kGroupVecs * plane + v % kGroupVecs * kLanes);
   }
 }
 
@@ -114,17 +139,12 @@ struct ActivateToRing {
 
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
+    const auto store = [&](int m, const Vec(&row)[VECS]) TINYTL_LAMBDA_INLINE {
+      store_ring_row(row, ring + offsets[m0 + m] * kGroup, plane);
+    };
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      activate_tile<a.value>(mask.at(m0, 0), mask.stride, mask.left(0), sum);
+      activate_tile<a.value>(mask.at(m0, 0), mask.stride, mask.left(0), sum, store);
     });
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      float* target = ring + offsets[m0 + m] * kGroup;
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        sum[m][v].store(target + v / kGroupVecs * plane + v % kGroupVecs * kLanes);
-      }
-    }
   }
 };
 
@@ -138,27 +158,16 @@ struct SelectToRing {
 
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
-    if (mask.data != nullptr) {
-      select_tile(mask.at(m0, 0), mask.stride, mask.left(0), sum);
-    }
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      float* target = ring + offsets[m0 + m] * kGroup;
+    Vec total[VECS];
+    select_tile(mask.at(m0, 0), mask.stride, mask.left(0), sum, [&](int m, const Vec(&row)[VECS]) TINYTL_LAMBDA_INLINE {
+      store_ring_row(row, ring + offsets[m0 + m] * kGroup, plane);
       TINYTL_UNROLL
       for (int v = 0; v < VECS; ++v) {
-        sum[m][v].store(target + v / kGroupVecs * plane + v % kGroupVecs * kLanes);
+        total[v] = m == 0 ? row[v] : total[v] + row[v];
       }
-    }
+    });
     if (sums != nullptr) {
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        Vec total = sum[0][v];
-        TINYTL_UNROLL
-        for (int m = 1; m < ROWS; ++m) {
-          total = total + sum[m][v];
-        }
-        (Vec::loadu(sums + v * kLanes) + total).store(sums + v * kLanes);
-      }
+      add_to(sums, total);
     }
   }
 };
@@ -235,12 +244,22 @@ struct ActivateToTensor {
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      activate_tile<a.value>(mask.at(m0, 0), mask.stride, mask.left(0), sum);
+      activate_tile<a.value>(
+          mask.at(m0, 0), mask.stride, mask.left(0), sum, [](int, const Vec(&)[VECS]) TINYTL_LAMBDA_INLINE {});
     });
     // What is left is an addition without addends.
     AddToTensor<T>{out, stride, valid}.template tile<ROWS, GROUPS>(m0, sum);
   }
 };
+
+// One group of a pixel to a row of a GEMM operand.
+template <class Element>
+TINYTL_INLINE void store_pixel(const Vec (&pixel)[kGroupVecs], Element* target) {
+  TINYTL_UNROLL
+  for (int v = 0; v < kGroupVecs; ++v) {
+    store_channels(target + v * kLanes, pixel[v]);
+  }
+}
 
 // Depthwise -> activation, mask bits -> rows of a GEMM operand, [pixel][channel of the panel].
 template <class Element>
@@ -252,17 +271,13 @@ struct ActivateToRows {
 
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
-    with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
-      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum);
-    });
     Element* target = rows + j0 * width + group * kGroup;
-    TINYTL_UNROLL
-    for (int p = 0; p < PIXELS; ++p, target += width) {
-      TINYTL_UNROLL
-      for (int v = 0; v < kGroupVecs; ++v) {
-        store_channels(target + v * kLanes, sum[p][v]);
-      }
-    }
+    const auto store = [&](int p, const Vec(&pixel)[kGroupVecs]) TINYTL_LAMBDA_INLINE {
+      store_pixel(pixel, target + p * width);
+    };
+    with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
+      activate_tile<a.value>(mask.at(j0, group), mask.stride, mask.left(group), sum, store);
+    });
   }
 };
 
@@ -278,28 +293,23 @@ struct SelectToRows {
 
   template <int PIXELS>
   TINYTL_INLINE void tile(int64_t j0, int group, Vec (&sum)[PIXELS][kGroupVecs]) const {
-    if (mask.data != nullptr) {
-      select_tile(mask.at(j0 * step, group), mask.stride * step, mask.left(group), sum);
-    }
     Element* target = rows + j0 * step * width + group * kGroup;
-    TINYTL_UNROLL
-    for (int p = 0; p < PIXELS; ++p, target += step * width) {
-      TINYTL_UNROLL
-      for (int v = 0; v < kGroupVecs; ++v) {
-        store_channels(target + v * kLanes, sum[p][v]);
-      }
-    }
+    Vec total[kGroupVecs];
+    select_tile(
+        mask.at(j0 * step, group),
+        mask.stride * step,
+        mask.left(group),
+        sum,
+        [&](int p, const Vec(&pixel)[kGroupVecs]) TINYTL_LAMBDA_INLINE {
+          store_pixel(pixel, target);
+          target += step * width;
+          TINYTL_UNROLL
+          for (int v = 0; v < kGroupVecs; ++v) {
+            total[v] = p == 0 ? pixel[v] : total[v] + pixel[v];
+          }
+        });
     if (sums != nullptr) {
-      TINYTL_UNROLL
-      for (int v = 0; v < kGroupVecs; ++v) {
-        Vec total = sum[0][v];
-        TINYTL_UNROLL
-        for (int p = 1; p < PIXELS; ++p) {
-          total = total + sum[p][v];
-        }
-        float* channel_sums = sums + group * kGroup + v * kLanes;
-        (Vec::loadu(channel_sums) + total).store(channel_sums);
-      }
+      add_to(sums + group * kGroup, total);
     }
   }
 };

@@ -75,7 +75,7 @@ struct FloatDot {
     return Vec(*a);
   }
   static TINYTL_INLINE Vec row(const float* b) {
-    return Vec::loadu(b);
+    return load_once(b);
   }
   static TINYTL_INLINE Vec accumulate(Vec sum, Vec a, Vec b) {
     return at::vec::fmadd(a, b, sum);

@@ -76,7 +76,7 @@ void strided_tile(
       Vec values[VECS];
       TINYTL_UNROLL
       for (int v = 0; v < VECS; ++v) {
-        values[v] = Vec::loadu(b + v * kLanes);
+        values[v] = load_once(b + v * kLanes);
       }
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {

@@ -50,6 +50,22 @@ constexpr int64_t mask_bytes(int64_t channels) {
   return (channels + 7) / 8;
 }
 
+// Vec::loadu into a register that stays one. A compiler that sees a vector used twice or three times reads it from memory
+// as often, as an operand of the arithmetic: an inner loop is then bound by its loads.
+TINYTL_INLINE Vec load_once(const float* source) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 value = _mm512_loadu_ps(source);
+  asm("" : "+v"(value));
+  return value;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 value = _mm256_loadu_ps(source);
+  asm("" : "+x"(value));
+  return value;
+#else
+  return Vec::loadu(source);
+#endif
+}
+
 // count <= kLanes values from memory; lanes past count are zero.
 template <class T>
 TINYTL_INLINE Vec load_channels(const T* source, int64_t count = kLanes) {
