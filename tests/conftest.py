@@ -1,9 +1,12 @@
-"""Shared fixtures: every test starts from a printed seed."""
+"""Shared fixtures: every test starts from a printed seed, and what is to run on the C++ kernels does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from tinytl_kernels.backends import use_backend
+from tinytl_kernels.backends.cpu import unavailable_reason
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +16,12 @@ def seeded() -> int:
     print(f"seed {seed}")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture
+def cpu_kernels():
+    """Force the C++ kernels, so that no call can be answered by another backend; skip where they cannot be compiled."""
+    if reason := unavailable_reason():
+        pytest.skip(f"cpu backend: {reason}")
+    with use_backend("cpu"):
+        yield

@@ -8,6 +8,7 @@
 #include "inverted_residual.h"
 #include "lite_branch.h"
 #include "operators.h"
+#include "stem.h"
 
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -196,6 +197,79 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
         data["activation"].toStringRef(), data["residual"].toBool(), need[0], need[1], need[2], need[3],
         or_none(grad_pooled));
     constexpr std::array kPlaces{0, 2, 4, 6};
+    return once("frozen_inverted_residual", by_argument(kArguments, gradients, kPlaces, need), grads);
+  }
+};
+
+// frozen_conv of an image, which gets no gradient, and frozen_inverted_residual without expansion.
+struct StemBlock : Function<StemBlock> {
+  static constexpr int kArguments = 16;
+
+  static at::Tensor forward(
+      AutogradContext* ctx,
+      const at::Tensor& image,
+      const at::Tensor& stem_weight,
+      const OptionalTensor& stem_bias,
+      const at::Tensor& depthwise_weight,
+      const OptionalTensor& depthwise_bias,
+      const at::Tensor& project_weight,
+      const OptionalTensor& project_bias,
+      at::IntArrayRef stem_stride,
+      at::IntArrayRef stem_padding,
+      at::IntArrayRef stride,
+      at::IntArrayRef padding,
+      const OptionalString& activation,
+      bool needs_masks,
+      const OptionalTensor& stem_scale,
+      const OptionalTensor& depthwise_scale,
+      const OptionalTensor& project_scale) {
+    TORCH_CHECK(!image.requires_grad(), "image: a stem block computes no gradient of it, but it has requires_grad=True");
+    for (const auto& [weight, scale, name] :
+         {std::tuple(stem_weight, stem_scale, "stem"),
+          std::tuple(depthwise_weight, depthwise_scale, "depthwise"),
+          std::tuple(project_weight, project_scale, "project")}) {
+      refuse_trained(weight, name);
+      refuse_trained(scale, name);
+    }
+    const std::string act = activation.value_or("none");
+    Edges edges;
+    edges.of(image);
+    edges.of(stem_weight);
+    const int64_t to_stem = edges.of(stem_bias);
+    edges.of(depthwise_weight);
+    const int64_t to_depthwise = edges.of(depthwise_bias);
+    edges.of(project_weight);
+    const int64_t to_project = edges.of(project_bias);
+    TINYTL_RECORDED("stem_block_forward");
+    auto [out, stem_mask, depthwise_mask] = stem_block_forward(
+        image, stem_weight, stem_scale, stem_bias, depthwise_weight, depthwise_scale, depthwise_bias, project_weight,
+        project_scale, project_bias, stem_stride, stem_padding, stride[0], padding, act, needs_masks);
+    ctx->save_for_backward(
+        {stem_weight, depthwise_weight, project_weight, stem_mask, depthwise_mask, or_undefined(stem_scale),
+         or_undefined(depthwise_scale), or_undefined(project_scale)});
+    ctx->saved_data["edges"] = std::vector<int64_t>{to_stem, to_depthwise, to_project};
+    // What the block behind the stem is told that its input is: as many channels as a window has values.
+    const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1, act);
+    ctx->saved_data["input_size"] =
+        std::vector<int64_t>{stem.batch, stem.taps() * stem.in_channels, stem.rows.positions, stem.columns.positions};
+    ctx->saved_data["stride"] = stride[0];
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["activation"] = act;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const auto need = needed<3>(ctx);
+    TINYTL_RECORDED("inverted_residual_backward");
+    const auto [_, grad_stem, grad_depthwise, grad_project] = inverted_residual_backward(
+        grads[0], saved[3], saved[4], saved[0].flatten(1).unsqueeze(-1).unsqueeze(-1), or_none(saved[5]), saved[1],
+        or_none(saved[6]), saved[2], or_none(saved[7]), data["input_size"].toIntVector(), data["stride"].toInt(),
+        data["padding"].toIntVector(), data["activation"].toStringRef(), false, false, need[0], need[1], need[2],
+        std::nullopt);
+    constexpr std::array kPlaces{2, 4, 6};
+    const std::tuple gradients(grad_stem, grad_depthwise, grad_project);
     return once("frozen_inverted_residual", by_argument(kArguments, gradients, kPlaces, need), grads);
   }
 };
@@ -417,6 +491,11 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor? depthwise_scale, Tensor? project_scale) -> "
       "(Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
       TORCH_FN(Call<FrozenInvertedResidual>::call));
+  m.def(
+      "stem_block(Tensor image, Tensor stem_weight, Tensor? stem_bias, Tensor depthwise_weight, Tensor? depthwise_bias, "
+      "Tensor project_weight, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, int[2] stride, "
+      "int[4] padding, str? activation, bool needs_masks, Tensor? stem_scale, Tensor? depthwise_scale, Tensor? project_scale) -> Tensor",
+      TORCH_FN(Call<StemBlock>::call));
   m.def(
       "lite_branch(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor? running_mean1, "
       "Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2, "

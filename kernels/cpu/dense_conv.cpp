@@ -51,36 +51,6 @@ int64_t chunks_of(const std::vector<WindowRun>& runs, int64_t width) {
   return std::clamp<int64_t>(ceil_div(bytes, kChunkBytes), 1, std::max<int64_t>(runs.size(), 1));
 }
 
-// Pixels of a tensor to the rows of a band, every group of channels padded to its depth.
-template <class Dot, class T>
-void copy_pixels(const BandRows<Dot>& band, const T* from, int64_t pixels, typename Dot::Element* to) {
-  using Element = typename Dot::Element;
-  const int64_t channels = band.channels, depth = band.depth();
-  if (channels == depth) {
-    const int64_t count = pixels * band.pixel();
-    if constexpr (std::is_same_v<T, Element>) {
-      std::memcpy(static_cast<void*>(to), from, sizeof(T) * count);
-    } else {
-      for (int64_t c = 0; c < count; c += kLanes) {
-        store_channels(to + c, load_channels(from + c, count - c), count - c);
-      }
-    }
-    return;
-  }
-  for (int64_t run = 0; run < pixels * band.groups; ++run) {
-    for (int64_t c = 0; c < depth; ++c) {
-      to[run * depth + c] = c < channels ? static_cast<Element>(from[run * channels + c]) : Element(0);
-    }
-  }
-}
-
-template <class Element>
-void zero(Element* to, int64_t count) {
-  if (count > 0) {
-    std::memset(static_cast<void*>(to), 0, sizeof(Element) * count);
-  }
-}
-
 // Activation and mask bits of a tile of sums, to the tensor. valid: channels from the panel's first on.
 template <Activation A, class T>
 void finish_tile(
@@ -205,33 +175,14 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
     using T = decltype(type);
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
-    const BandRows<Dot> band{groups, s.group_in(), (width - 1) * s.columns.stride + s.columns.reach() + 1};
+    const auto band = input_rows<Dot>(s);
     const auto phases = forward_phases(s);
     const auto runs = window_runs(phases[0], band);
     const PackedUnits<Dot, T> packing(s, frozen, phases, false, stored_window_major(weight));
     const int64_t chunks = chunks_of<Dot>(runs, panels.width(0));
     const int64_t step = band_step(band, s.rows.reach() + 1 - s.rows.stride, s.rows.stride, width, chunks > 1);
-    const int64_t left = std::min(s.columns.before, band.width);
-    const int64_t inner = std::clamp<int64_t>(band.width - left, 0, s.columns.length);
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
-
-    // Input rows [first, first + count) of an image, zeros around them.
-    const auto fill = [&](int64_t image, int64_t first, int64_t count, Element* to) {
-      for (int64_t row = first; row < first + count; ++row, to += band.row()) {
-        if (row < 0 || row >= s.rows.length) {
-          zero(to, band.row());
-          continue;
-        }
-        zero(to, left * band.pixel());
-        copy_pixels(
-            band,
-            source + (image * s.rows.length + row) * s.columns.length * s.in_channels,
-            inner,
-            to + left * band.pixel());
-        zero(to + (left + inner) * band.pixel(), (band.width - left - inner) * band.pixel());
-      }
-    };
     packing.for_packed([&](int64_t first_unit, int64_t last_unit, const Element* packed) {
       for_tasks(bands, [&](int64_t, int64_t image, int64_t task_band) {
         const int64_t end = bands.begin(task_band + 1);
@@ -240,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
           const int64_t needed = (count - 1) * s.rows.stride + s.rows.reach() + 1;
           Element* rows = scratch<Element>(kRows, needed * band.row());
           const int64_t first_row = begin * s.rows.stride - s.rows.before;
-          fill(image, first_row, needed, rows);
+          pad_rows(s, band, source + image * s.image_elements(), first_row, needed, rows);
           int64_t* offsets = scratch<int64_t>(kOffsets, pixels);
           for (int64_t row = 0; row < count; ++row) {
             for (int64_t column = 0; column < width; ++column) {

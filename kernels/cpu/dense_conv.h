@@ -93,6 +93,9 @@ struct DenseShape {
   int64_t taps() const {
     return rows.kernel * columns.kernel;
   }
+  int64_t image_elements() const { // of the input
+    return rows.length * columns.length * in_channels;
+  }
 };
 
 struct WindowTap {
@@ -150,6 +153,64 @@ struct BandRows {
     return row() * static_cast<int64_t>(sizeof(typename Dot::Element));
   }
 };
+
+// The rows of the input that results read.
+template <class Dot>
+BandRows<Dot> input_rows(const DenseShape& s) {
+  return {s.groups, s.group_in(), (s.columns.positions - 1) * s.columns.stride + s.columns.reach() + 1};
+}
+
+// Pixels of a tensor to the rows of a band, every group of channels padded to its depth.
+template <class Dot, class T>
+void copy_pixels(const BandRows<Dot>& band, const T* from, int64_t pixels, typename Dot::Element* to) {
+  using Element = typename Dot::Element;
+  const int64_t channels = band.channels, depth = band.depth();
+  if (channels == depth) {
+    const int64_t count = pixels * band.pixel();
+    if constexpr (std::is_same_v<T, Element>) {
+      std::memcpy(static_cast<void*>(to), from, sizeof(T) * count);
+    } else {
+      for (int64_t c = 0; c < count; c += kLanes) {
+        store_channels(to + c, load_channels(from + c, count - c), count - c);
+      }
+    }
+    return;
+  }
+  for (int64_t run = 0; run < pixels * band.groups; ++run) {
+    for (int64_t c = 0; c < depth; ++c) {
+      to[run * depth + c] = c < channels ? static_cast<Element>(from[run * channels + c]) : Element(0);
+    }
+  }
+}
+
+template <class Element>
+void zero(Element* to, int64_t count) {
+  if (count > 0) {
+    std::memset(static_cast<void*>(to), 0, sizeof(Element) * count);
+  }
+}
+
+// Rows [first, first + count) of an image, channels_last, with zeros around them.
+template <class Dot, class T>
+void pad_rows(
+    const DenseShape& s,
+    const BandRows<Dot>& band,
+    const T* image,
+    int64_t first,
+    int64_t count,
+    typename Dot::Element* to) {
+  const int64_t left = std::min(s.columns.before, band.width);
+  const int64_t inner = std::clamp<int64_t>(band.width - left, 0, s.columns.length);
+  for (int64_t row = first; row < first + count; ++row, to += band.row()) {
+    if (row < 0 || row >= s.rows.length) {
+      zero(to, band.row());
+      continue;
+    }
+    zero(to, left * band.pixel());
+    copy_pixels(band, image + row * s.columns.length * s.in_channels, inner, to + left * band.pixel());
+    zero(to + (left + inner) * band.pixel(), (band.width - left - inner) * band.pixel());
+  }
+}
 
 // The taps of a phase as runs of terms: neighbours joined, long ones cut where a chain of additions should end.
 template <class Dot>

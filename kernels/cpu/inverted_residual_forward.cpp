@@ -1,12 +1,14 @@
 // Forward of the inverted residual block (formula in inverted_residual.h).
 //
 // Reads x once, the weights once a step, writes y and, when asked for, one bit an expanded value twice and the 2x2
-// average of x. Scratch a thread: the ring of expanded rows and the rows of h2 of one step.
+// average of x. Scratch a thread: the ring of expanded rows and the rows of h2 of one step. The expansion may be a stem
+// (stem.h): x is its image then.
 #include "inverted_residual.h"
 
 #include "depthwise.h"
 #include "epilogues.h"
 #include "parallel.h"
+#include "stem.h"
 
 #include <algorithm>
 
@@ -68,6 +70,7 @@ struct Forward {
   T* out;
   uint8_t *mask_expand, *mask_depthwise; // null: not wanted
   T* pooled; // null: not wanted
+  const Stem<T>* stem; // null: the expansion is 1x1
   ColumnRuns columns = forward_columns(s.window());
 
   // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
@@ -81,7 +84,8 @@ struct Forward {
       float* ring,
       int64_t plane,
       const int64_t* offsets,
-      const Segment<Element>& operand) const {
+      const Segment<Element>& operand,
+      Segment<Element>* segments) const {
     const int64_t start = panels.start(panel);
     if (!s.has_expand) {
       const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
@@ -103,15 +107,25 @@ struct Forward {
     const int64_t stride = mask_bytes(s.expanded);
     const float* bias = expand_bias != nullptr ? expand_bias + start : nullptr;
     const Element* weight = expand + start * packed_depth<Dot>(s.in_channels);
-    const auto run = [&](int64_t from, int64_t to, bool with_mask) {
-      const int64_t skipped = (from - begin) * s.width;
-      ActivateToRing epilogue{ring, plane, offsets + skipped, s.activation, {}};
+    const auto multiply = [&](int64_t from, int64_t to, bool with_mask, const Segment<Element>* rows, int64_t count) {
+      ActivateToRing epilogue{ring, plane, offsets + (from - begin) * s.width, s.activation, {}};
       if (with_mask) {
         epilogue.mask = {
             mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, s.expanded - start};
       }
-      const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
-      gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, &rows, 1, weight, bias, epilogue);
+      gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, rows, count, weight, bias, epilogue);
+    };
+    const auto run = [&](int64_t from, int64_t to, bool with_mask) {
+      if (stem == nullptr) {
+        const Segment<Element> rows{
+            operand.data + (from - begin) * s.width * operand.stride, operand.stride, operand.depth};
+        multiply(from, to, with_mask, &rows, 1);
+        return;
+      }
+      for (int64_t row = from; row < to; ++row) {
+        stem->operands(operand.data, row - begin, segments);
+        multiply(row, row + 1, with_mask, segments, stem->segments());
+      }
     };
     const int64_t split = mask_expand != nullptr ? std::clamp(mask_end, begin, end) : begin;
     run(begin, split, true);
@@ -189,7 +203,7 @@ struct Forward {
     const auto [rings, rows] = rings_and_rows<Element>(
         ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()), row_pixels * panels.padded());
     std::vector<TapRun> runs(s.taps());
-    std::vector<Segment<Element>> segments(panels.count);
+    std::vector<Segment<Element>> segments(std::max(panels.count, stem != nullptr ? stem->segments() : 0));
     const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
     if (!walk.shared_ring) {
       for (int64_t p = 0; p < panels.count; ++p) {
@@ -203,7 +217,9 @@ struct Forward {
     const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
       const int64_t* offsets = ring_offsets(next, to, s.width, walk);
       Segment<Element> operand{};
-      if (s.has_expand) {
+      if (stem != nullptr) {
+        operand.data = to > next ? stem->rows(image, next, to) : nullptr;
+      } else if (s.has_expand) {
         operand = operand_rows<Dot>(
             image_rows + next * s.width * s.in_channels, (to - next) * s.width, s.in_channels, s.in_channels);
       }
@@ -212,7 +228,7 @@ struct Forward {
         if (walk.shared_ring && row < row_end) {
           clear_borders(ring, panels.groups(p), walk, s.width);
         }
-        expand_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand);
+        expand_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, segments.data());
         depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data());
       }
       if (pooled != nullptr) {
@@ -243,6 +259,74 @@ struct Forward {
   }
 };
 
+// Both kinds of block. x: channels_last; what s.in_channels counts are its channels, or the terms of a stem.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
+    const BlockShape& s,
+    const BlockWeights& stored,
+    const at::Tensor& x,
+    const DenseShape* stem_shape,
+    const OptionalTensor& expand_bias,
+    const OptionalTensor& depthwise_bias,
+    const OptionalTensor& project_bias,
+    bool needs_mask,
+    bool want_pooled) {
+  const auto options = x.options();
+  const auto nhwc = at::MemoryFormat::ChannelsLast;
+  at::Tensor out = at::empty({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
+  const bool masks = needs_mask && s.activation != Activation::none;
+  at::Tensor mask_expand = empty_mask(x, masks && s.has_expand, s.batch, s.height, s.width, s.expanded);
+  at::Tensor mask_depthwise = empty_mask(x, masks, s.batch, s.out_height, s.out_width, s.expanded);
+  at::Tensor pooled = want_pooled ? at::empty({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
+                                  : at::empty({0}, options);
+  const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
+  const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
+  const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
+  const auto values = [](const at::Tensor& bias) { return bias.defined() ? bias.data_ptr<float>() : nullptr; };
+  const auto bytes = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr<uint8_t>() : nullptr; };
+
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    using Dot = typename DotFor<T>::type;
+    const auto layout = BlockPack<Dot>::forward(s);
+    const at::Tensor weights = pack_block_forward(s, stored, x.scalar_type());
+    std::optional<Stem<T>> stem;
+    if (stem_shape != nullptr) {
+      stem.emplace(*stem_shape, x.data_ptr<T>());
+    }
+    const Forward<T> forward{
+        s,
+        Panels(s.expanded),
+        Panels(s.out_channels),
+        x.data_ptr<T>(),
+        layout.into(weights),
+        layout.depthwise(weights),
+        layout.out(weights),
+        values(bias1),
+        values(bias2),
+        values(bias3),
+        out.data_ptr<T>(),
+        bytes(mask_expand),
+        bytes(mask_depthwise),
+        pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr,
+        stem.has_value() ? &*stem : nullptr};
+    const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
+    // A band owns the input rows from the first that its first output row reads to where the next band starts; even
+    // numbers, so that a pooled row has one owner.
+    const auto first_owned = [&](int64_t band) {
+      if (band == 0 || band == bands.per_image) {
+        return band == 0 ? int64_t(0) : s.height;
+      }
+      return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
+    };
+    parallel_tasks(bands.tasks(), [&](int64_t t) {
+      const int64_t band = t % bands.per_image;
+      forward.task(
+          t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
+    });
+  });
+  return {out, mask_expand, mask_depthwise, pooled};
+}
+
 } // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
@@ -266,57 +350,61 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
       x.sizes(), expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
   const BlockWeights stored(
       expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-  const auto options = x.options();
-  const auto nhwc = at::MemoryFormat::ChannelsLast;
-  const at::Tensor input = x.contiguous(nhwc);
-  at::Tensor out = at::empty({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
-  const bool masks = needs_mask && s.activation != Activation::none;
-  at::Tensor mask_expand = empty_mask(x, masks && s.has_expand, s.batch, s.height, s.width, s.expanded);
-  at::Tensor mask_depthwise = empty_mask(x, masks, s.batch, s.out_height, s.out_width, s.expanded);
-  at::Tensor pooled = want_pooled ? at::empty({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
-                                  : at::empty({0}, options);
-  const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
-  const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
-  const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
-  const auto values = [](const at::Tensor& bias) { return bias.defined() ? bias.data_ptr<float>() : nullptr; };
-  const auto bytes = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr<uint8_t>() : nullptr; };
+  return block_forward(
+      s,
+      stored,
+      x.contiguous(at::MemoryFormat::ChannelsLast),
+      nullptr,
+      expand_bias,
+      depthwise_bias,
+      project_bias,
+      needs_mask,
+      want_pooled);
+}
 
-  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
-    using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    const auto layout = BlockPack<Dot>::forward(s);
-    const at::Tensor weights = pack_block_forward(s, stored, x.scalar_type());
-    const Forward<T> forward{
-        s,
-        Panels(s.expanded),
-        Panels(s.out_channels),
-        input.data_ptr<T>(),
-        layout.into(weights),
-        layout.depthwise(weights),
-        layout.out(weights),
-        values(bias1),
-        values(bias2),
-        values(bias3),
-        out.data_ptr<T>(),
-        bytes(mask_expand),
-        bytes(mask_depthwise),
-        pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr};
-    const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
-    // A band owns the input rows from the first that its first output row reads to where the next band starts; even
-    // numbers, so that a pooled row has one owner.
-    const auto first_owned = [&](int64_t band) {
-      if (band == 0 || band == bands.per_image) {
-        return band == 0 ? int64_t(0) : s.height;
-      }
-      return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
-    };
-    parallel_tasks(bands.tasks(), [&](int64_t t) {
-      const int64_t band = t % bands.per_image;
-      forward.task(
-          t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
-    });
+std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward(
+    const at::Tensor& image,
+    const at::Tensor& stem_weight,
+    const OptionalTensor& stem_scale,
+    const OptionalTensor& stem_bias,
+    const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
+    const OptionalTensor& depthwise_bias,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_scale,
+    const OptionalTensor& project_bias,
+    at::IntArrayRef stem_stride,
+    at::IntArrayRef stem_padding,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    bool needs_mask) {
+  const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1, activation);
+  at::Tensor matrix;
+  with_storage_type(image.scalar_type(), "image", [&](auto zero) {
+    matrix = stem_matrix<typename DotFor<decltype(zero)>::type>(stem, stem_weight);
   });
-  return {out, mask_expand, mask_depthwise, pooled};
+  const BlockShape s = block_shape(
+      {stem.batch, matrix.size(1), stem.rows.positions, stem.columns.positions},
+      matrix,
+      depthwise_weight,
+      project_weight,
+      stride,
+      padding,
+      activation,
+      false);
+  const BlockWeights stored(matrix, stem_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
+  auto [out, mask_stem, mask_depthwise, _] = block_forward(
+      s,
+      stored,
+      image.contiguous(at::MemoryFormat::ChannelsLast),
+      &stem,
+      stem_bias,
+      depthwise_bias,
+      project_bias,
+      needs_mask,
+      false);
+  return {out, mask_stem, mask_depthwise};
 }
 
 } // namespace tinytl::cpu

@@ -137,6 +137,56 @@ def test_nothing_is_made_of_what_is_no_block():
         model(torch.randn(1, 3, 9, 9))
 
 
+def nested() -> FusedSequential:
+    """As torchvision's MobileNetV2 begins: the stem in a Sequential of its own, then blocks."""
+    block = tk.FrozenInvertedResidual(8, 4, expand_ratio=1, activation="relu")
+    stem = nn.Sequential(conv(3, 8, 3, stride=2), nn.Identity(), nn.Identity())
+    return FusedSequential(stem, nn.Identity(), block, tk.FrozenInvertedResidual(4, 4, activation="relu"))
+
+
+def test_a_stem_is_asked_for_with_the_block_behind_it(cpu_kernels):
+    x = torch.randn(2, 3, 17, 15)
+    for model, alone in ((FusedSequential(*layers()), [0, 1, 9]), (nested(), [0, 1, 2, 3])):
+        model.to(memory_format=torch.channels_last)
+        together = [child for child in alone if child > 2]
+        assert called(model, x) == together
+        output = model(x)
+        model[0].register_forward_hook(listens_only(lambda *_: None))
+        assert called(model, x) == together
+        handle = model[0].register_forward_hook(lambda *_: None)
+        assert called(model, x) == alone
+        torch.testing.assert_close(model(x), output, rtol=1e-5, atol=1e-6)
+        handle.remove()
+        assert called(model, x.clone().requires_grad_()) == alone  # the picture's own gradient
+        assert called(model, x) == together
+
+
+@pytest.mark.parametrize(
+    "why", ["residual", "expansion", "activation", "groups", "dilation", "channels", "1 x 1", "unfused", "padding"]
+)
+def test_what_is_no_stem_and_block(why, cpu_kernels):
+    model, x = nested().to(memory_format=torch.channels_last), torch.randn(2, 3, 17, 15)
+    if why == "residual":
+        model[2] = tk.FrozenInvertedResidual(8, 8, expand_ratio=1, activation="relu")
+        model[3] = nn.Identity()
+    elif why == "expansion":
+        model[2] = tk.FrozenInvertedResidual(8, 4, activation="relu")
+    elif why == "unfused":
+        model[2].fused = False
+    else:
+        stems = {
+            "activation": conv(3, 8, 3, stride=2, activation="relu6"),
+            "groups": FrozenConvBias(4, 8, 3, 2, 1, groups=2, activation="relu"),
+            "dilation": FrozenConvBias(3, 8, 3, 2, 1, dilation=2, activation="relu"),
+            "channels": FrozenConvBias(8, 8, 3, 2, 1, activation="relu"),
+            "1 x 1": FrozenConvBias(3, 8, 1, 2, activation="relu"),
+            "padding": FrozenConvBias(3, 8, 3, 2, 1, padding_mode="reflect", activation="relu"),
+        }
+        model[0][0] = stems[why].to(memory_format=torch.channels_last)
+        x = torch.randn(2, stems[why].in_channels, 17, 15)
+    assert called(model, x) == [0, 1, 2, 3]
+
+
 class Flat(nn.Module):
     """As torchvision's MNASNet begins: everything in one Sequential."""
 
@@ -158,14 +208,48 @@ def test_convert_finds_them_and_to_torch_gives_them_back(weight_bits):
     stock, x = Flat().eval(), torch.randn(2, 3, 12, 12)
     model = tk.convert(stock, "bias", example_input=x, **({"weight_bits": 8} if weight_bits == 8 else {}))
     assert type(model.layers) is FusedSequential
-    assert called(model.layers, x) == [0, 1, 2, 7]
+    assert called(model.layers, x) in ([0, 1, 2, 7], [7])
     assert "layers.3 to 6" in str(tk.conversion_report(model))
+    assert "layers.0 to 6" in str(tk.conversion_report(model))
     torch.testing.assert_close(model(x), stock(x), rtol=0, atol=1e-5 if weight_bits == 32 else 0.05)
     model(x).sum().backward()
     assert all(model.layers[i].bias.grad is not None for i in (0, 3, 6))
     plain = tk.to_torch(model)
     assert type(plain.layers) is nn.Sequential
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """As torchvision's MobileNetV2: a stem and a block, modules of one Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        block = nn.Sequential(
+            nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6(),
+            nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8),
+        )  # fmt: skip
+        self.features = nn.Sequential(stem, block)
+        self.classifier = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def test_convert_joins_a_stem_and_its_block(cpu_kernels):
+    stock, x = Nested().eval(), torch.randn(2, 3, 12, 12)
+    model = tk.convert(stock, "bias", example_input=x)
+    assert "features.0 to 1" in str(tk.conversion_report(model))
+    assert called(model.features, x) == []
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    plain = tk.to_torch(model)
+    assert type(plain.features) is nn.Sequential
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+    lite = tk.convert(stock, "lite_residual+bias", example_input=x, blocks=["features.1"])
+    assert "features.0 to 1" not in str(tk.conversion_report(lite))
+    assert called(lite.features, x) == [0, 1]
 
 
 def test_a_model_that_is_one_sequential():

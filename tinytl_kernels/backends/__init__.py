@@ -9,7 +9,7 @@ Arrows run one way: ``ops`` asks :func:`implementation` for a function by operat
 * ``DIFFERENTIABLE: dict[str, Callable]``, if it has any: operators that it differentiates by itself, faster than Python
   does. Same arguments; the outputs with their history, or None where it leaves these arguments to the operator;
 * ``FUSED: dict[str, Callable]``, if it has any: chains of operators that it runs and differentiates in one call, to the
-  same bits; None again where it leaves these arguments to the operators.
+  same result; None again where it leaves these arguments to the operators.
 
 Operators that a backend does not define are computed by ``reference``, which defines every one.
 """

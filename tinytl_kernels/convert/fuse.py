@@ -2,7 +2,8 @@
 
 The block stays where it is, with its class, its names and its children: the instance gets a subclass of its own class
 and of :class:`~tinytl_kernels.nn.FrozenInvertedResidual`, whose forward is the operator. A block that is no module but
-a run of children of a longer ``nn.Sequential`` makes that a :class:`~tinytl_kernels.nn.FusedSequential`.
+a run of children of a longer ``nn.Sequential`` makes that a :class:`~tinytl_kernels.nn.FusedSequential`; so does a stem
+with a block behind it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx, nn
 
 from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
-from tinytl_kernels.nn.fused_sequential import block_at
+from tinytl_kernels.nn.fused_sequential import block_at, stem_at
 
 from .probe import tampered
 from .report import ConversionReport, Note
@@ -54,6 +55,22 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
         module.__class__ = fused_class(type(module), paths, residual)
         done.append(name)
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
+    _join_stems(model, report, apart)
+
+
+def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[str]) -> None:
+    """Compute a stem and the block behind it in one call, where they are children of one ``nn.Sequential``."""
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Sequential, FusedSequential) or tampered(module):
+            continue
+        prefix = f"{name}." if name else ""
+        names, children = list(module._modules), list(module._modules.values())
+        for at in range(len(children)):
+            stem, *_, after = stem_at(children, at)
+            if stem is not None and not any(prefix + child in apart for child in names[at:after]):
+                module.__class__ = FusedSequential
+                row = f"{prefix}{names[at]} to {names[after - 1]}"
+                report.done.append(Note(row, "Sequential", "stem and block in one call"))
 
 
 def _blocks_in_a_row(module: nn.Module, apart: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from tinytl_kernels.ops.lite_branch import Norm, lite_branch
 from tinytl_kernels.ops.lite_residual_block import Branch, Running, lite_residual_block
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.pad import pad2d
+from tinytl_kernels.ops.stem_block import stem_block, stem_output
 from tinytl_kernels.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "lite_residual_block",
     "max_pool2d",
     "pad2d",
+    "stem_block",
+    "stem_output",
     "upsample_add",
 ]

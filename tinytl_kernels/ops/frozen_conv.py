@@ -86,7 +86,9 @@ def frozen_conv(
     return output
 
 
-def _check(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None) -> None:
+def check_conv(
+    input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None
+) -> None:
     check_activation(activation)
     if input.dim() != 4:
         raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(input.shape)}")
@@ -110,7 +112,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
         expected = 4 if name == "padding" else 2
         if len(values) != expected or any(value < least for value in values):
             raise ValueError(f"{name}: expected {expected} numbers of at least {least}, got {tuple(values)}")
-    height, width = _output_size(input.shape, weight.shape, stride, padding, dilation)
+    height, width = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
     if height < 1 or width < 1:
         raise ValueError(
             f"input: {tuple(input.shape[2:])} with padding {tuple(padding)} is smaller than the kernel "
@@ -118,7 +120,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups, activation, n
         )
 
 
-def _output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, int]:
+def conv_output_size(input_size, weight_size, stride, padding, dilation) -> tuple[int, int]:
     top, bottom, left, right = padding
     return (
         output_length(input_size[2], weight_size[2], stride[0], top, bottom, dilation[0]),
@@ -127,7 +129,7 @@ def _output_size(input_size, weight_size, stride, padding, dilation) -> tuple[in
 
 
 def _fake(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None):
-    size = (input.size(0), weight.size(0), *_output_size(input.shape, weight.shape, stride, padding, dilation))
+    size = (input.size(0), weight.size(0), *conv_output_size(input.shape, weight.shape, stride, padding, dilation))
     output = input.new_empty(size).to(memory_format=memory_format(input, weight))
     if activation is None or not needs_saved:
         return output, input.new_empty(0, dtype=torch.uint8)
@@ -186,7 +188,7 @@ def _backward(ctx, grad_output, _grad_saved):
 _frozen_conv = define_operator(
     "frozen_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " SymInt groups, str? activation, bool needs_saved, Tensor? weight_scale=None) -> (Tensor, Tensor)",
-    check=_check,
+    check=check_conv,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -211,7 +213,7 @@ def _check_backward(
 ) -> None:
     check_activation(activation)
     check_weight("weight", weight, weight_scale, grad_output)
-    size = (input_size[0], weight.size(0), *_output_size(input_size, weight.shape, stride, padding, dilation))
+    size = (input_size[0], weight.size(0), *conv_output_size(input_size, weight.shape, stride, padding, dilation))
     if tuple(grad_output.shape) != size:
         raise ValueError(f"grad_output: expected shape {size}, got {tuple(grad_output.shape)}")
     if saved.dtype == torch.uint8 and activation is not None and tuple(saved.shape) != mask_size(size):

@@ -13,6 +13,7 @@ from tinytl_kernels.backends.cpu import (
     lite_branch,
     lite_residual_block,
     pooling,
+    stem_block,
     upsample_add,
 )
 from tinytl_kernels.backends.cpu.build import load_kernels
@@ -33,7 +34,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
-FUSED = lite_residual_block.FUSED
+FUSED = {**lite_residual_block.FUSED, **stem_block.FUSED}
 
 
 def unavailable_reason() -> str | None:
