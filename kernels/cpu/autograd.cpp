@@ -223,7 +223,7 @@ struct StemBlock : Function<StemBlock> {
       const OptionalTensor& stem_scale,
       const OptionalTensor& depthwise_scale,
       const OptionalTensor& project_scale) {
-    TORCH_CHECK(!image.requires_grad(), "image: a stem block computes no gradient of it, but it has requires_grad=True");
+    TORCH_CHECK(!image.requires_grad(), "image: a stem block computes no gradient of it, which it requires");
     for (const auto& [weight, scale, name] :
          {std::tuple(stem_weight, stem_scale, "stem"),
           std::tuple(depthwise_weight, depthwise_scale, "depthwise"),
@@ -492,9 +492,10 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "(Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
       TORCH_FN(Call<FrozenInvertedResidual>::call));
   m.def(
-      "stem_block(Tensor image, Tensor stem_weight, Tensor? stem_bias, Tensor depthwise_weight, Tensor? depthwise_bias, "
-      "Tensor project_weight, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, int[2] stride, "
-      "int[4] padding, str? activation, bool needs_masks, Tensor? stem_scale, Tensor? depthwise_scale, Tensor? project_scale) -> Tensor",
+      "stem_block(Tensor image, Tensor stem_weight, Tensor? stem_bias, Tensor depthwise_weight, "
+      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, "
+      "int[2] stride, int[4] padding, str? activation, bool needs_masks, Tensor? stem_scale, Tensor? depthwise_scale, "
+      "Tensor? project_scale) -> Tensor",
       TORCH_FN(Call<StemBlock>::call));
   m.def(
       "lite_branch(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor? running_mean1, "

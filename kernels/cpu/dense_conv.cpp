@@ -15,11 +15,14 @@
 // The weight is packed a few panels at a time, into at most kPackedBytes (or one panel), and the tensors are walked
 // once for each: more than once only for a weight larger than that, which belongs to small images. A weight in 8 bits
 // is unpacked there.
+//
+// Where winograd.h applies, the tiles of a band are computed its way instead, in both directions.
 #include "dense_conv.h"
 
 #include "epilogues.h"
 #include "operators.h"
 #include "parallel.h"
+#include "winograd.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -175,23 +178,69 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
     using T = decltype(type);
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
-    const auto band = input_rows<Dot>(s);
+    auto band = input_rows<Dot>(s);
+    const bool winograd = winograd_applies<Dot>(s, band.depth(), height, width);
+    if (winograd) {
+      band.width = round_up(width, 2) + 2;
+    }
     const auto phases = forward_phases(s);
     const auto runs = window_runs(phases[0], band);
     const PackedUnits<Dot, T> packing(s, frozen, phases, false, stored_window_major(weight));
     const int64_t chunks = chunks_of<Dot>(runs, panels.width(0));
-    const int64_t step = band_step(band, s.rows.reach() + 1 - s.rows.stride, s.rows.stride, width, chunks > 1);
+    const int64_t step = winograd
+        ? WinogradTiles::step(width, band.depth())
+        : band_step(band, s.rows.reach() + 1 - s.rows.stride, s.rows.stride, width, chunks > 1);
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
-    packing.for_packed([&](int64_t first_unit, int64_t last_unit, const Element* packed) {
+    const int64_t bytes = winograd ? kWinogradPackedBytes : kPackedBytes;
+    packing.for_packed(bytes, [&](int64_t first_unit, int64_t last_unit, const Element* packed) {
+      at::Tensor transformed;
+      if constexpr (std::is_same_v<Dot, FloatDot>) {
+        if (winograd) {
+          transformed = winograd_weights(packing, first_unit, last_unit, packed);
+        }
+      }
       for_tasks(bands, [&](int64_t, int64_t image, int64_t task_band) {
         const int64_t end = bands.begin(task_band + 1);
         for (int64_t begin = bands.begin(task_band); begin < end; begin += step) {
           const int64_t count = std::min(step, end - begin), pixels = count * width;
-          const int64_t needed = (count - 1) * s.rows.stride + s.rows.reach() + 1;
+          const WinogradTiles tiles{ceil_div(count, 2), ceil_div(width, 2), band.depth()};
+          const int64_t needed = winograd ? tiles.source_rows() : (count - 1) * s.rows.stride + s.rows.reach() + 1;
           Element* rows = scratch<Element>(kRows, needed * band.row());
           const int64_t first_row = begin * s.rows.stride - s.rows.before;
           pad_rows(s, band, source + image * s.image_elements(), first_row, needed, rows);
+          // Activation and mask of neighbouring pixels from `pixel` on, of one panel.
+          const auto finish = [&](int64_t group, int64_t panel, int64_t pixel, int tile_rows, const float* tile) {
+            const int64_t start = panels.start(panel), channel = group * group_out + start;
+            with_activation(s.activation, [&](auto a) {
+              finish_tile<a.value>(
+                  tile,
+                  tile_rows,
+                  panels.width(panel),
+                  group_out - start,
+                  target + pixel * s.out_channels + channel,
+                  s.out_channels,
+                  bits != nullptr ? bits + pixel * mask_stride + channel / 8 : nullptr,
+                  mask_stride);
+            });
+          };
+          const int64_t first_pixel = (image * height + begin) * width;
+          if constexpr (std::is_same_v<Dot, FloatDot>) {
+            if (winograd) {
+              const auto start = [&](int64_t group, int64_t panel) {
+                return init + group * panels.padded() + panels.start(panel);
+              };
+              winograd_units(
+                  packing, first_unit, last_unit, transformed, band, tiles, rows, start,
+                  [&](int64_t group, int64_t panel, const float* results) {
+                    for (int64_t row = 0; row < count; ++row) {
+                      const float* line = results + row * 2 * tiles.columns * panels.width(panel);
+                      finish(group, panel, first_pixel + row * width, static_cast<int>(width), line);
+                    }
+                  });
+              continue;
+            }
+          }
           int64_t* offsets = scratch<int64_t>(kOffsets, pixels);
           for (int64_t row = 0; row < count; ++row) {
             for (int64_t column = 0; column < width; ++column) {
@@ -201,40 +250,26 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
           }
           float* sums = scratch<float>(
               kSums, chunks > 1 ? pixels * kPanelGroups * kGroup : kWindowTileElements);
-          const int64_t first_pixel = (image * height + begin) * width;
           const auto range = [&](int64_t m0, int tile_rows) {
             const int64_t top = m0 / width * s.rows.stride, bottom = (m0 + tile_rows - 1) / width * s.rows.stride;
             return runs_inside(runs, top, bottom, -first_row, s.rows.length - first_row);
           };
           for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-            const int64_t group = unit / panels.count, panel = unit % panels.count, start = panels.start(panel);
-            const int64_t channel = group * group_out + start, valid = group_out - start;
-            const int64_t lanes = panels.width(panel);
-            with_activation(s.activation, [&](auto a) {
-              window_gemm<Dot>(
-                  panels.groups(panel),
-                  pixels,
-                  rows + group * band.depth(),
-                  offsets,
-                  runs,
-                  chunks,
-                  packed + packing.offset(unit) - packing.offset(first_unit),
-                  init + group * panels.padded() + start,
-                  sums,
-                  range,
-                  [&](int64_t m0, int tile_rows, const float* tile) {
-                    const int64_t pixel = first_pixel + m0;
-                    finish_tile<a.value>(
-                        tile,
-                        tile_rows,
-                        lanes,
-                        valid,
-                        target + pixel * s.out_channels + channel,
-                        s.out_channels,
-                        bits != nullptr ? bits + pixel * mask_stride + channel / 8 : nullptr,
-                        mask_stride);
-                  });
-            });
+            const int64_t group = unit / panels.count, panel = unit % panels.count;
+            window_gemm<Dot>(
+                panels.groups(panel),
+                pixels,
+                rows + group * band.depth(),
+                offsets,
+                runs,
+                chunks,
+                packed + packing.offset(unit) - packing.offset(first_unit),
+                init + group * panels.padded() + panels.start(panel),
+                sums,
+                range,
+                [&](int64_t m0, int tile_rows, const float* tile) {
+                  finish(group, panel, first_pixel + m0, tile_rows, tile);
+                });
           }
         }
       });
@@ -280,8 +315,12 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t first_column = s.columns.first_reaching(0);
-    const BandRows<Dot> band{
+    BandRows<Dot> band{
         groups, s.group_out(), std::max<int64_t>(s.columns.last_reaching(s.columns.length) - first_column + 1, 1)};
+    const bool winograd = winograd_applies<Dot>(s, band.depth(), s.rows.length, s.columns.length);
+    if (winograd) {
+      band.width = round_up(s.columns.length, 2) + 2;
+    }
     const auto phases = backward_phases(s);
     const PackedUnits<Dot, T> packing(s, frozen, phases, true, stored_window_major(weight));
     std::vector<std::vector<WindowRun>> runs;
@@ -291,8 +330,10 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
       chunks = std::max(chunks, chunks_of<Dot>(runs.back(), panels.width(0)));
     }
     // Rows of dx at a time: whole strides.
-    const int64_t step = s.rows.stride *
-        band_step(band, ceil_div(s.rows.reach(), s.rows.stride), 1, s.columns.length * s.rows.stride, chunks > 1);
+    const int64_t halo = ceil_div(s.rows.reach(), s.rows.stride);
+    const int64_t step = winograd
+        ? WinogradTiles::step(s.columns.length, band.depth())
+        : s.rows.stride * band_step(band, halo, 1, s.columns.length * s.rows.stride, chunks > 1);
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
 
@@ -329,7 +370,14 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
         }
       }
     };
-    packing.for_packed([&](int64_t first_unit, int64_t last_unit, const Element* packed) {
+    const int64_t bytes = winograd ? kWinogradPackedBytes : kPackedBytes;
+    packing.for_packed(bytes, [&](int64_t first_unit, int64_t last_unit, const Element* packed) {
+      at::Tensor transformed;
+      if constexpr (std::is_same_v<Dot, FloatDot>) {
+        if (winograd) {
+          transformed = winograd_weights(packing, first_unit, last_unit, packed);
+        }
+      }
       for_tasks(bands, [&](int64_t t, int64_t image, int64_t task_band) {
         const int64_t task_end = bands.begin(task_band + 1);
         // Output rows from here on are this task's to sum, up to where the next band's begin.
@@ -352,15 +400,42 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
         };
         for (int64_t begin = bands.begin(task_band); begin < task_end; begin += step) {
           const int64_t end = std::min(begin + step, task_end);
-          const int64_t first = s.rows.first_reaching(begin), last = std::max(s.rows.last_reaching(end), first);
+          const WinogradTiles tiles{ceil_div(end - begin, 2), ceil_div(s.columns.length, 2), band.depth()};
+          const int64_t first = s.rows.first_reaching(begin);
+          const int64_t last = winograd ? first + tiles.source_rows() - 1 : std::max(s.rows.last_reaching(end), first);
           sum_unreached(first);
           Element* rows = scratch<Element>(kRows, (last - first + 1) * band.row());
           fill(image, first, last, next, own_end, summing ? sums.data() : nullptr, rows);
           next = std::max(next, last + 1);
+          // Neighbouring channels of one pixel of dx.
+          const auto store = [&](int64_t panel, const float* sums_of_pixel, T* to) {
+            const int64_t valid = std::min(s.group_in() - panels.start(panel), panels.width(panel));
+            for (int64_t c = 0; c < valid; c += kLanes) {
+              store_channels(to + c, Vec::loadu(sums_of_pixel + c), valid - c);
+            }
+          };
+          if constexpr (std::is_same_v<Dot, FloatDot>) {
+            if (winograd) {
+              const auto none = [](int64_t, int64_t) { return static_cast<const float*>(nullptr); };
+              winograd_units(
+                  packing, first_unit, last_unit, transformed, band, tiles, rows, none,
+                  [&](int64_t group, int64_t panel, const float* results) {
+                    const int64_t lanes = panels.width(panel), channel = group * s.group_in() + panels.start(panel);
+                    for (int64_t row = begin; row < end; ++row) {
+                      const float* line = results + (row - begin) * 2 * tiles.columns * lanes;
+                      T* to = target + (image * s.rows.length + row) * s.columns.length * s.in_channels + channel;
+                      for (int64_t column = 0; column < s.columns.length; ++column) {
+                        store(panel, line + column * lanes, to + column * s.in_channels);
+                      }
+                    }
+                  });
+              continue;
+            }
+          }
           const int64_t most = (end - begin) * s.columns.length;
           int64_t* offsets = scratch<int64_t>(kOffsets, 3 * most);
           int64_t* places = offsets + most;
-          float* tiles = scratch<float>(kSums, chunks > 1 ? most * kPanelGroups * kGroup : kWindowTileElements);
+          float* products = scratch<float>(kSums, chunks > 1 ? most * kPanelGroups * kGroup : kWindowTileElements);
           int64_t phase_start = 0; // elements of a unit for one channel
           for (size_t p = 0; p < phases.size(); ++p) {
             const auto aligned = [](int64_t from, const Side& side, int64_t remainder) {
@@ -384,9 +459,8 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
             };
             const int64_t phase_chunks = chunks_of<Dot>(runs[p], panels.width(0));
             for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-              const int64_t group = unit / panels.count, panel = unit % panels.count, start = panels.start(panel);
-              const int64_t channel = group * s.group_in() + start, lanes = panels.width(panel);
-              const int64_t valid = std::min(s.group_in() - start, lanes);
+              const int64_t group = unit / panels.count, panel = unit % panels.count, lanes = panels.width(panel);
+              const int64_t channel = group * s.group_in() + panels.start(panel);
               window_gemm<Dot>(
                   panels.groups(panel),
                   pixels,
@@ -396,14 +470,11 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
                   phase_chunks,
                   packed + packing.offset(unit) - packing.offset(first_unit) + phase_start * lanes,
                   nullptr,
-                  tiles,
+                  products,
                   range,
                   [&](int64_t m0, int tile_rows, const float* tile) {
                     for (int m = 0; m < tile_rows; ++m, tile += lanes) {
-                      T* to = target + places[m0 + m] + channel;
-                      for (int64_t c = 0; c < valid; c += kLanes) {
-                        store_channels(to + c, Vec::loadu(tile + c), valid - c);
-                      }
+                      store(panel, tile, target + places[m0 + m] + channel);
                     }
                   });
             }

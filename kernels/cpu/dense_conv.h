@@ -286,11 +286,11 @@ struct PackedUnits {
   int64_t offset(int64_t unit) const {
     return (unit / panels.count * panels.padded() + panels.start(unit % panels.count)) * shape.taps() * depth;
   }
-  // Calls body(first unit, end unit, their packed weights) until all are done.
+  // Calls body(first unit, end unit, their packed weights) until all are done, about `bytes` of them at a time.
   template <class Body>
-  void for_packed(const Body& body) const {
+  void for_packed(int64_t bytes, const Body& body) const {
     const int64_t largest = kPanelGroups * kGroup * shape.taps() * depth;
-    const int64_t step = std::max<int64_t>(kPackedBytes / (largest * static_cast<int64_t>(sizeof(Element))), 1);
+    const int64_t step = std::max<int64_t>(bytes / (largest * static_cast<int64_t>(sizeof(Element))), 1);
     const int64_t elements = std::min(step * largest, shape.groups * panels.padded() * shape.taps() * depth);
     const at::Tensor storage =
         at::empty({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
@@ -302,6 +302,18 @@ struct PackedUnits {
       parallel_pieces(first * blocks, last * blocks, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(shape.taps() * kTermBlock * kGroup + kGroup * kGroup);
         with_values<T>(weight, [&](const auto& values) {
+          if constexpr (std::is_same_v<Element, float>) {
+            if (const float* plain = plain_values(values); plain != nullptr && window_major) {
+              for (int64_t i = begin, next; i < end; i = next) {
+                const int64_t unit = i / blocks;
+                next = std::min((unit + 1) * blocks, end);
+                const int64_t term = i % blocks * kTermBlock;
+                const int64_t count = std::min((next - i) * kTermBlock, terms - term);
+                pack_plain(plain, unit, term, count, packed + offset(unit) - offset(first));
+              }
+              return;
+            }
+          }
           for (int64_t i = begin; i < end; ++i) {
             const int64_t unit = i / blocks;
             pack(values, unit, i % blocks * kTermBlock, buffer.data(), packed + offset(unit) - offset(first));
@@ -326,6 +338,44 @@ struct PackedUnits {
         }
       }
       at::vec::transpose_mxn<float, kGroup, kGroup>(lines, kGroup, buffer + first * kGroup, kGroup);
+    }
+  }
+
+  // `count` terms of a unit from `term` on, of a float32 weight (O, kh, kw, I).
+  void pack_plain(const float* plain, int64_t unit, int64_t term, int64_t count, float* target) const {
+    const int64_t group = unit / panels.count, panel = unit % panels.count;
+    const int64_t start = panels.start(panel), width = panels.width(panel);
+    const int64_t valid = std::min(width, panels.channels - start);
+    const int64_t inputs = shape.group_in(), output = group * shape.group_out() + (transposed ? term : start);
+    std::vector<int64_t> windows; // of the taps, in their order
+    for (const Phase& phase : phases) {
+      for (const WindowTap& tap : phase.taps) {
+        windows.push_back(tap.window);
+      }
+    }
+    const float* from = plain + output * weight.inner + (transposed ? start : term);
+    float* to = target + term * width;
+    const int64_t taps = shape.taps();
+    if (transposed) {
+      // An output channel's values lie together: its taps first.
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t t = 0; t < taps; ++t) {
+          const float* row = from + i * weight.inner + windows[t] * inputs;
+          if (i + 2 < count) {
+            __builtin_prefetch(row + 2 * weight.inner);
+            __builtin_prefetch(row + 2 * weight.inner + 16);
+          }
+          copy_row(row, valid, to + (t * depth + i) * width);
+        }
+      }
+    } else {
+      for (int64_t t = 0; t < taps; ++t) {
+        transpose(from + windows[t] * inputs, weight.inner, to + t * depth * width, width, valid, count);
+      }
+    }
+    for (int64_t line = 0; line < taps * count && valid < width; ++line) {
+      float* end = to + (line / count * depth + line % count + 1) * width;
+      std::fill(end - (width - valid), end, 0.f);
     }
   }
 

@@ -41,7 +41,8 @@ struct Stem {
   // A of the row of h1 that is `row` behind the first one that `padded` is for.
   void operands(const Element* padded, int64_t row, Segment<Element>* to) const {
     for (const WindowRun& run : runs) {
-      *to++ = {padded + row * shape.rows.stride * band.row() + run.offset, shape.columns.stride * band.pixel(), run.depth};
+      const Element* first = padded + row * shape.rows.stride * band.row() + run.offset;
+      *to++ = {first, shape.columns.stride * band.pixel(), run.depth};
     }
   }
 };

@@ -50,8 +50,8 @@ constexpr int64_t mask_bytes(int64_t channels) {
   return (channels + 7) / 8;
 }
 
-// Vec::loadu into a register that stays one. A compiler that sees a vector used twice or three times reads it from memory
-// as often, as an operand of the arithmetic: an inner loop is then bound by its loads.
+// Vec::loadu into a register that stays one. A compiler that sees a vector used two or three times may read it from
+// memory as often, as an operand of the arithmetic: an inner loop is then bound by its loads.
 TINYTL_INLINE Vec load_once(const float* source) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 value = _mm512_loadu_ps(source);

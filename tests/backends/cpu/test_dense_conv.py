@@ -95,6 +95,11 @@ GEOMETRIES = {
     "groups": ((2, 48, 11, 9), (96, 24, 3, 3), ([1, 1], [1, 1, 1, 1], [1, 1], 2)),
     # Chains of additions and chunks of the weight: 9 * 260 terms.
     "deep": ((2, 260, 7, 7), (56, 260, 3, 3), ([1, 1], [1, 1, 1, 1], [1, 1], 1)),
+    # From here on what winograd.h computes, in both directions.
+    "squares": ((2, 64, 19, 17), (32, 64, 3, 3), ([1, 1], [1, 1, 1, 1], [1, 1], 1)),
+    "squares, uneven padding": ((1, 32, 25, 20), (96, 32, 3, 3), ([1, 1], [0, 2, 1, 0], [1, 1], 1)),
+    "squares, groups": ((2, 96, 20, 16), (64, 48, 3, 3), ([1, 1], [1, 1, 1, 1], [1, 1], 2)),
+    "squares, deep": ((5, 512, 7, 7), (64, 512, 3, 3), ([1, 1], [1, 1, 1, 1], [1, 1], 1)),
 }
 
 
@@ -181,6 +186,45 @@ def test_nan_and_inf_reach_their_windows_and_no_other(value, activation, dtype):
     assert output[~touched].isfinite().all()
     pixels = touched[:, 0]
     assert torch.equal(mask[pixels], expected_mask[pixels])
+
+
+@given(
+    batch=st.integers(1, 4), height=st.integers(1, 23), width=st.integers(1, 23), groups=st.integers(1, 2),
+    inputs=st.sampled_from([32, 48, 64, 160]), outputs=st.sampled_from([32, 48, 64, 160]),
+    padding=st.lists(st.integers(0, 2), min_size=4, max_size=4), activation=st.sampled_from([None, "relu", "relu6"]),
+    weight_format=st.sampled_from([torch.contiguous_format, torch.channels_last]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_squares_equal_the_reference(
+    batch, height, width, groups, inputs, outputs, padding, activation, weight_format, seed
+):
+    assume(height + padding[0] + padding[1] >= 3 and width + padding[2] + padding[3] >= 3)
+    generator = torch.Generator().manual_seed(seed)
+    numbers, size = ([1, 1], padding, [1, 1], groups), (batch, groups * inputs, height, width)
+    input = channels_last(whole_numbers(size, 3, generator))
+    weight = whole_numbers((groups * outputs, inputs, 3, 3), 2, generator).contiguous(memory_format=weight_format)
+    bias = whole_numbers((groups * outputs,), 4, generator)
+    ours, our_mask = dense(input, weight, bias, numbers, activation)
+    grad = channels_last(whole_numbers(ours.shape, 3, generator))
+    output, mask, grad_input, grad_bias = reference(input, weight, bias, grad, numbers, activation)
+    assert torch.equal(ours, output)
+    assert torch.equal(our_mask, mask)
+    our_input, our_bias = dense_backward(grad, mask, weight, size, numbers, activation)
+    assert torch.equal(our_input, grad_input)
+    assert torch.equal(our_bias, grad_bias)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_reach_their_windows_and_at_most_the_squares_around(value):
+    input, weight, bias, numbers = example("squares", torch.float32)
+    expected, _ = dense(input, weight, bias, numbers, "relu")
+    input[1, 3, 8, 6] = value
+    output, _ = dense(input, weight, bias, numbers, "relu")
+    near = torch.zeros(output.shape, dtype=torch.bool)
+    near[1, :, 7:10, 5:8] = True
+    assert not output[near].isfinite().all()
+    near[1, :, 6:10, 4:8] = True  # whole squares of 2 x 2
+    assert torch.equal(output[~near], expected[~near])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

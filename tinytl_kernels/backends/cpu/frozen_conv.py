@@ -29,6 +29,11 @@ _DENSE_WIDTH = 16
 # Elements of the largest weight that it is given: 128 x 128 x 3 x 3.
 _DENSE_WEIGHT = 128 * 128 * 3 * 3
 
+# What winograd.h asks for: terms of a sum, whole vectors of them, and squares of 2 x 2 results.
+_SQUARE_TERMS = 32
+_TERMS_OF_A_VECTOR = 16
+_SQUARES = 64
+
 
 def frozen_conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
@@ -40,7 +45,10 @@ def frozen_conv(
         )
     layout = memory_format(input, weight)
     needs_mask = needs_saved and activation is not None
-    kernel = _kernel(weight, groups, padding, activation, input.dtype, weight.size(0) // groups)
+    batch, _, height, width = input.shape
+    result = (batch, height + padding[0] + padding[1] - 2, width + padding[2] + padding[3] - 2)  # of a 3 x 3 window
+    squares = _in_squares(weight, stride, dilation, weight.size(1), result)
+    kernel = _kernel(weight, groups, padding, activation, input.dtype, weight.size(0) // groups, squares)
     if kernel == "pointwise":
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
             channels_last(input), weight, weight_scale, bias, stride, _IN_KERNEL[activation], needs_mask
@@ -76,7 +84,8 @@ def frozen_conv_backward(
             grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, is_channels_last,
             need_input, need_bias, weight_scale,
         )  # fmt: skip
-    kernel = _kernel(weight, groups, padding, activation, grad_output.dtype, weight.size(1))
+    squares = _in_squares(weight, stride, dilation, weight.size(0) // groups, (input_size[0], *input_size[2:]))
+    kernel = _kernel(weight, groups, padding, activation, grad_output.dtype, weight.size(1), squares)
     grad_output = channels_last(grad_output)
     if kernel == "pointwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.pointwise_backward(
@@ -125,7 +134,9 @@ def _onednn_backward(
     return grad_input, grad_bias
 
 
-def _kernel(weight: Tensor, groups: int, padding, activation: str | None, dtype: torch.dtype, width: int) -> str:
+def _kernel(
+    weight: Tensor, groups: int, padding, activation: str | None, dtype: torch.dtype, width: int, squares: bool
+) -> str:
     """Who computes a convolution whose results are ``width`` channels a group (backward: input channels)."""
     if activation not in _IN_KERNEL:
         return "onednn"
@@ -135,10 +146,22 @@ def _kernel(weight: Tensor, groups: int, padding, activation: str | None, dtype:
         return "depthwise"
     if groups > 1 and width % 8:
         return "onednn"  # two groups would share a byte of the mask
-    return "dense" if _dense_is_faster(weight, dtype, width) else "onednn"
+    return "dense" if _dense_is_faster(weight, dtype, width, squares) else "onednn"
 
 
-def _dense_is_faster(weight: Tensor, dtype: torch.dtype, width: int) -> bool:
+def _in_squares(weight: Tensor, stride, dilation, terms: int, result: tuple[int, int, int]) -> bool:
+    """Whether ``winograd.h`` computes sums over ``terms`` channels for a ``result`` of images, rows, columns."""
+    images, height, width = result
+    return (
+        weight.shape[2:] == (3, 3)
+        and all(s == 1 for s in (*stride, *dilation))
+        and terms >= _SQUARE_TERMS
+        and terms % _TERMS_OF_A_VECTOR == 0
+        and images * ((height + 1) // 2) * ((width + 1) // 2) >= _SQUARES
+    )
+
+
+def _dense_is_faster(weight: Tensor, dtype: torch.dtype, width: int, squares: bool) -> bool:
     # Time of oneDNN with our pass over its output / time of dense_conv.cpp, one thread of a Zen 5 (AVX-512, bfloat16
     # dot products), 3 x 3 unless it says otherwise, ReLU and mask, batch 8; forward, backward:
     #                                     float32       bfloat16
@@ -160,11 +183,17 @@ def _dense_is_faster(weight: Tensor, dtype: torch.dtype, width: int) -> bool:
     # here, 1.05 to 1.12 with all of them; in bfloat16 1.01 and 1.15. Hence the limit on their elements.
     # Half precision where oneDNN has no arithmetic for it: float16 4 to 80 times as fast, at any width; bfloat16 on a
     # Zen 3 (AVX2) 5 to 24 times in forward and 6 to 45 in backward.
+    # With fewer multiplications (winograd.h), float32, channels_last weight, one and two threads of a Zen 3 (AVX2):
+    #     64 -> 64, 56                    1.4   1.7
+    #     128 -> 128, 28                  1.6   1.8
+    #     256 -> 256, 14                  1.6   1.7
+    #     512 -> 512, 7                   1.5   1.4
+    # and, in memory or not, so little is left of the time that the weight's size does not matter.
     if _onednn_knows_more(dtype):
         return False
     if dtype == torch.float16 or (dtype == torch.bfloat16 and _ONEDNN_LACKS_BFLOAT16):
         return True
-    return width >= _DENSE_WIDTH and weight.numel() <= _DENSE_WEIGHT
+    return width >= _DENSE_WIDTH and (squares or weight.numel() <= _DENSE_WEIGHT)
 
 
 @cache
