@@ -26,7 +26,7 @@ _IN_KERNEL = {None: "none", "relu": "relu", "relu6": "relu6"}
 
 # Channels a group that fill the vectors of ``dense_conv.cpp``: what it computes has to be at least as wide.
 _DENSE_WIDTH = 16
-# Elements of the largest weight that it is given: 128 x 128 x 3 x 3.
+# Elements of the largest weight that it is given where packing takes long: 128 x 128 x 3 x 3.
 _DENSE_WEIGHT = 128 * 128 * 3 * 3
 
 # What winograd.h asks for: terms of a sum, whole vectors of them, and squares of 2 x 2 results.
@@ -178,22 +178,27 @@ def _dense_is_faster(weight: Tensor, dtype: torch.dtype, width: int, squares: bo
     #     groups of 16, 28                0.92  1.63    1.43  1.00
     #     groups of 8, 28                 0.81  1.04    1.11  0.88
     #     3 channels' gradient, 224        -    0.94     -    0.81
-    # That is with the weight in cache. In a model a large one comes from memory, and oneDNN reorders it faster: a step
-    # of a ResNet-50 (batch 4, float32) took 0.97 of oneDNN's time with the weights up to 128 x 128 x 3 x 3 computed
-    # here, 1.05 to 1.12 with all of them; in bfloat16 1.01 and 1.15. Hence the limit on their elements.
-    # Half precision where oneDNN has no arithmetic for it: float16 4 to 80 times as fast, at any width; bfloat16 on a
-    # Zen 3 (AVX2) 5 to 24 times in forward and 6 to 45 in backward.
-    # With fewer multiplications (winograd.h), float32, channels_last weight, one and two threads of a Zen 3 (AVX2):
+    # That is with the weight in cache. In a model a large one comes from memory, and where packing has to convert it or
+    # to turn it, oneDNN reorders it faster: a step of a ResNet-50 (batch 4) in bfloat16 took 1.01 of oneDNN's time with
+    # the weights up to 128 x 128 x 3 x 3 computed here, 1.15 with all of them. Hence the limit on their elements.
+    # A float32 weight in channels_last is packed as it is read, whatever its size. Zen 3 (AVX2), weight from memory:
+    #     128 -> 128, 56, stride 2        1.04  1.3
+    #     512 -> 512, 14, stride 2        1.1   1.4
+    #     256 -> 256, 5 x 5, 14           1.5   1.5
+    #     groups of 32, 14                1.8   1.9
+    # and with fewer multiplications (winograd.h):
     #     64 -> 64, 56                    1.4   1.7
     #     128 -> 128, 28                  1.6   1.8
     #     256 -> 256, 14                  1.6   1.7
     #     512 -> 512, 7                   1.5   1.4
-    # and, in memory or not, so little is left of the time that the weight's size does not matter.
+    # Half precision where oneDNN has no arithmetic for it: float16 4 to 80 times as fast, at any width; bfloat16 on a
+    # Zen 3 (AVX2) 5 to 24 times in forward and 6 to 45 in backward.
     if _onednn_knows_more(dtype):
         return False
     if dtype == torch.float16 or (dtype == torch.bfloat16 and _ONEDNN_LACKS_BFLOAT16):
         return True
-    return width >= _DENSE_WIDTH and (squares or weight.numel() <= _DENSE_WEIGHT)
+    as_read = weight.dtype == torch.float32 and memory_format(weight) is torch.channels_last
+    return width >= _DENSE_WIDTH and (squares or as_read or weight.numel() <= _DENSE_WEIGHT)
 
 
 @cache
