@@ -102,6 +102,37 @@ def _block(
     return KernelCase(f"{name}_{channels}x{ratio}_{out_channels}_s{stride}_{side}", (8, channels, side, side), make)
 
 
+def _stem_block(hidden: int, out_channels: int, side: int) -> KernelCase:
+    """A stem and the block behind it. The image is given, not differentiated; where they are not one call, two
+    operators."""
+
+    def make(size: Size) -> Work:
+        n, c, h, w = size
+
+        def build(dtype: torch.dtype, device: torch.device) -> Sample:
+            def numbers(*shape: int, most: int) -> Tensor:
+                values = torch.randint(-most, most + 1, shape, device=device).to(dtype)
+                return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+            def function(b1, b2, b3, image, w1, w2, w3) -> Tensor:
+                output = ops.stem_block(image, w1, b1, w2, b2, w3, b3, 2, 1, 1, 1, "relu6")
+                if output is None:
+                    made = ops.frozen_conv(image, w1, b1, 2, 1, activation="relu6")
+                    output = ops.frozen_inverted_residual(made, None, None, w2, b2, w3, b3, 1, 1, "relu6")
+                return output
+
+            biases = tuple(numbers(length, most=4) for length in (hidden, hidden, out_channels))
+            shapes = (hidden, c, 3, 3), (hidden, 1, 3, 3), (out_channels, hidden, 1, 1)
+            weights = tuple(numbers(*shape, most=2) for shape in shapes)
+            return Sample(function, biases, (numbers(*size, most=3), *weights))
+
+        pixels = n * math.ceil(h / 2) * math.ceil(w / 2)
+        block = 2 * pixels * hidden * (9 + out_channels)
+        return Work(build, block + 2 * pixels * hidden * 9 * c, block)
+
+    return KernelCase(f"stem_block_3_{hidden}_{out_channels}_{side}", (8, 3, side, side), make)
+
+
 def _without_arithmetic(name: str, channels: int, side: int, build: Callable[[Size], Build]) -> KernelCase:
     return KernelCase(f"{name}_{channels}_{side}", (8, channels, side, side), lambda size: Work(build(size)))
 
@@ -158,10 +189,13 @@ KERNELS = (
     _conv("stem", 3, 32, 224, 3, stride=2),
     _conv("dense", 64, 64, 56, 3, activation="relu"),
     _conv("dense", 128, 128, 56, 3, stride=2, activation="relu"),
-    _conv("dense", 256, 256, 14, 3, activation="relu"),  # oneDNN's arithmetic, with our pass over its output
+    _conv("dense", 256, 256, 14, 3, activation="relu"),
+    _conv("dense", 512, 512, 7, 3, activation="relu"),
+    _conv("dense", 48, 12, 28, 3, activation="relu"),  # narrow: oneDNN's arithmetic, with our pass over its output
     _conv("dense_int8", 64, 64, 56, 3, activation="relu", int8=True),
     _conv("grouped", 128, 128, 56, 3, groups=4, activation="relu"),
     _conv("grouped", 96, 96, 14, 5, groups=2, activation="relu"),
+    _stem_block(32, 16, 224),
     _block(32, 16, 112, ratio=1),
     _block(16, 24, 112, stride=2),
     _block(24, 24, 56),

@@ -71,4 +71,5 @@ def stem_block(
 def stem_output(image: Tensor, weight: Tensor, stride: IntOrPair, padding: IntOrPair) -> Tensor:
     """Stands for what the stem makes: its size, dtype and device, and no memory."""
     size = conv_output_size(image.shape, weight.shape, pair(stride, "stride"), four_paddings(padding), (1, 1))
-    return torch.empty((), dtype=image.dtype, device=image.device).expand(image.size(0), weight.size(0), *size)
+    height, width = (max(length, 0) for length in size)  # an image that is too small is refused by the check
+    return torch.empty((), dtype=image.dtype, device=image.device).expand(image.size(0), weight.size(0), height, width)
