@@ -259,9 +259,9 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
               }
             }
           }
-        }
-        if (summing) {
-          flush_sums(sums, partials + task * padded, padded);
+          if (summing && ((pixel - begin + 1) % kChainDepth == 0 || pixel + 1 == end)) {
+            flush_sums(sums, partials + task * padded, padded);
+          }
         }
         auto segments = cut_segments<Element>(depth);
         place_segments(segments, Segment<Element>{operand, padded, depth});
