@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.operators import Sample, Size, block, conv, group_norm, max_pool, unary, upsample_add
+from benchmarks.gpu.operators import (
+    Sample,
+    Size,
+    block,
+    conv,
+    group_norm,
+    max_pool,
+    stem_block,
+    unary,
+    upsample_add,
+)
 from tinytl_kernels import ops
 from tinytl_kernels.ops.lite_branch import Norm
 
@@ -103,32 +113,12 @@ def _block(
 
 
 def _stem_block(hidden: int, out_channels: int, side: int) -> KernelCase:
-    """A stem and the block behind it. The image is given, not differentiated; where they are not one call, two
-    operators."""
-
     def make(size: Size) -> Work:
         n, c, h, w = size
-
-        def build(dtype: torch.dtype, device: torch.device) -> Sample:
-            def numbers(*shape: int, most: int) -> Tensor:
-                values = torch.randint(-most, most + 1, shape, device=device).to(dtype)
-                return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-            def function(b1, b2, b3, image, w1, w2, w3) -> Tensor:
-                output = ops.stem_block(image, w1, b1, w2, b2, w3, b3, 2, 1, 1, 1, "relu6")
-                if output is None:
-                    made = ops.frozen_conv(image, w1, b1, 2, 1, activation="relu6")
-                    output = ops.frozen_inverted_residual(made, None, None, w2, b2, w3, b3, 1, 1, "relu6")
-                return output
-
-            biases = tuple(numbers(length, most=4) for length in (hidden, hidden, out_channels))
-            shapes = (hidden, c, 3, 3), (hidden, 1, 3, 3), (out_channels, hidden, 1, 1)
-            weights = tuple(numbers(*shape, most=2) for shape in shapes)
-            return Sample(function, biases, (numbers(*size, most=3), *weights))
-
         pixels = n * math.ceil(h / 2) * math.ceil(w / 2)
-        block = 2 * pixels * hidden * (9 + out_channels)
-        return Work(build, block + 2 * pixels * hidden * 9 * c, block)
+        behind = 2 * pixels * hidden * (9 + out_channels)
+        # The image has no gradient.
+        return Work(stem_block(size, hidden, out_channels), behind + 2 * pixels * hidden * 9 * c, behind)
 
     return KernelCase(f"stem_block_3_{hidden}_{out_channels}_{side}", (8, 3, side, side), make)
 

@@ -137,6 +137,31 @@ def block(
     return build
 
 
+def stem_block(size: Size, hidden: int, out_channels: int) -> Callable[[torch.dtype, torch.device], Sample]:
+    """A 3x3 stem of stride 2 and the block without expansion behind it, in one call where the backend has one.
+
+    The image is given, not differentiated.
+    """
+
+    def build(dtype: torch.dtype, device: torch.device) -> Sample:
+        def function(b1, b2, b3, image, w1, w2, w3) -> Tensor:
+            made = ops.stem_output(image, w1, 2, 1)
+            behind = (None, None, w2, b2, w3, b3, 1, 1, "relu6", False)
+            scales = dict.fromkeys(("expand_scale", "depthwise_scale", "project_scale"))
+            output = ops.stem_block(image, w1, b1, 2, 1, (made, *behind), scales)
+            if output is None:
+                made = ops.frozen_conv(image, w1, b1, 2, 1, activation="relu6")
+                output = ops.frozen_inverted_residual(made, *behind)
+            return output
+
+        shapes = (hidden, size[1], 3, 3), (hidden, 1, 3, 3), (out_channels, hidden, 1, 1)
+        weights = (_weight(*shape, dtype=dtype, device=device) for shape in shapes)
+        biases = tuple(_bias(channels, device) for channels in (hidden, hidden, out_channels))
+        return Sample(function, biases, (_image(size, dtype, device), *weights))
+
+    return build
+
+
 def unary(
     size: Size, function: Callable[[Tensor], Tensor], channels_last: bool = True
 ) -> Callable[[torch.dtype, torch.device], Sample]:

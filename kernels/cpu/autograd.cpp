@@ -122,6 +122,24 @@ void refuse_trained(const OptionalTensor& weight, const char* name) {
       "it in the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
 }
 
+// The same for the three weights of a block and what scales them; `first` is what its expansion is called.
+void refuse_trained_block(
+    const char* first,
+    const OptionalTensor& expand_weight,
+    const OptionalTensor& expand_scale,
+    const at::Tensor& depthwise_weight,
+    const OptionalTensor& depthwise_scale,
+    const at::Tensor& project_weight,
+    const OptionalTensor& project_scale) {
+  for (const auto& [weight, scale, name] :
+       {std::tuple(expand_weight, expand_scale, first),
+        std::tuple(OptionalTensor(depthwise_weight), depthwise_scale, "depthwise"),
+        std::tuple(OptionalTensor(project_weight), project_scale, "project")}) {
+    refuse_trained(weight, name);
+    refuse_trained(scale, name);
+  }
+}
+
 struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
   static constexpr int kArguments = 16;
 
@@ -143,13 +161,8 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
       const OptionalTensor& expand_scale,
       const OptionalTensor& depthwise_scale,
       const OptionalTensor& project_scale) {
-    for (const auto& [weight, scale, name] :
-         {std::tuple(expand_weight, expand_scale, "expand"),
-          std::tuple(OptionalTensor(depthwise_weight), depthwise_scale, "depthwise"),
-          std::tuple(OptionalTensor(project_weight), project_scale, "project")}) {
-      refuse_trained(weight, name);
-      refuse_trained(scale, name);
-    }
+    refuse_trained_block(
+        "expand", expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
     const std::string act = activation.value_or("none");
     // Without masks that it needs, backward says so.
     Edges edges;
@@ -224,13 +237,8 @@ struct StemBlock : Function<StemBlock> {
       const OptionalTensor& depthwise_scale,
       const OptionalTensor& project_scale) {
     TORCH_CHECK(!image.requires_grad(), "image: a stem block computes no gradient of it, which it requires");
-    for (const auto& [weight, scale, name] :
-         {std::tuple(stem_weight, stem_scale, "stem"),
-          std::tuple(depthwise_weight, depthwise_scale, "depthwise"),
-          std::tuple(project_weight, project_scale, "project")}) {
-      refuse_trained(weight, name);
-      refuse_trained(scale, name);
-    }
+    refuse_trained_block(
+        "stem", stem_weight, stem_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
     const std::string act = activation.value_or("none");
     Edges edges;
     edges.of(image);

@@ -192,19 +192,13 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
         : band_step(band, s.rows.reach() + 1 - s.rows.stride, s.rows.stride, width, chunks > 1);
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
-    const int64_t bytes = winograd ? kWinogradPackedBytes : kPackedBytes;
-    packing.for_packed(bytes, [&](int64_t first_unit, int64_t last_unit, const Element* packed) {
-      at::Tensor transformed;
-      if constexpr (std::is_same_v<Dot, FloatDot>) {
-        if (winograd) {
-          transformed = winograd_weights(packing, first_unit, last_unit, packed);
-        }
-      }
+    const auto with_weights = [&](int64_t first_unit, int64_t last_unit, const Element* packed,
+                                  const at::Tensor& transformed) {
       for_tasks(bands, [&](int64_t, int64_t image, int64_t task_band) {
         const int64_t end = bands.begin(task_band + 1);
         for (int64_t begin = bands.begin(task_band); begin < end; begin += step) {
           const int64_t count = std::min(step, end - begin), pixels = count * width;
-          const WinogradTiles tiles{ceil_div(count, 2), ceil_div(width, 2), band.depth()};
+          const WinogradTiles tiles(count, width, band.depth());
           const int64_t needed = winograd ? tiles.source_rows() : (count - 1) * s.rows.stride + s.rows.reach() + 1;
           Element* rows = scratch<Element>(kRows, needed * band.row());
           const int64_t first_row = begin * s.rows.stride - s.rows.before;
@@ -273,7 +267,8 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
           }
         }
       });
-    });
+    };
+    for_weights(packing, winograd, with_weights);
   });
   return {out, mask};
 }
@@ -370,14 +365,8 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
         }
       }
     };
-    const int64_t bytes = winograd ? kWinogradPackedBytes : kPackedBytes;
-    packing.for_packed(bytes, [&](int64_t first_unit, int64_t last_unit, const Element* packed) {
-      at::Tensor transformed;
-      if constexpr (std::is_same_v<Dot, FloatDot>) {
-        if (winograd) {
-          transformed = winograd_weights(packing, first_unit, last_unit, packed);
-        }
-      }
+    const auto with_weights = [&](int64_t first_unit, int64_t last_unit, const Element* packed,
+                                  const at::Tensor& transformed) {
       for_tasks(bands, [&](int64_t t, int64_t image, int64_t task_band) {
         const int64_t task_end = bands.begin(task_band + 1);
         // Output rows from here on are this task's to sum, up to where the next band's begin.
@@ -400,7 +389,7 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
         };
         for (int64_t begin = bands.begin(task_band); begin < task_end; begin += step) {
           const int64_t end = std::min(begin + step, task_end);
-          const WinogradTiles tiles{ceil_div(end - begin, 2), ceil_div(s.columns.length, 2), band.depth()};
+          const WinogradTiles tiles(end - begin, s.columns.length, band.depth());
           const int64_t first = s.rows.first_reaching(begin);
           const int64_t last = winograd ? first + tiles.source_rows() - 1 : std::max(s.rows.last_reaching(end), first);
           sum_unreached(first);
@@ -486,7 +475,8 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
           std::copy_n(sums.data() + sums_length, sums_length, partials + t * sums_length);
         }
       });
-    });
+    };
+    for_weights(packing, winograd, with_weights);
   });
   return {grad_input, reduce_partial(partial, 0, s.out_channels, need_bias)};
 }

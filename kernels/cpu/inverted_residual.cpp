@@ -124,7 +124,8 @@ at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, 
   return packed;
 }
 
-at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype) {
+at::Tensor pack_block_backward(
+    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input) {
   at::Tensor packed;
   with_storage_type(dtype, "grad_output", [&](auto zero) {
     using T = decltype(zero);
@@ -135,7 +136,7 @@ at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights,
     pack_backward<Dot, T>(
         weights.project, packed_depth<Dot>(s.out_channels), panels, 0, panels.count, layout.into(packed));
     pack_depthwise<T>(weights.depthwise, layout.depthwise(packed));
-    if (weights.expand.has_value()) {
+    if (weights.expand.has_value() && need_input) {
       pack_backward<Dot, T>(*weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
     }
   });

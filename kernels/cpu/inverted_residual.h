@@ -164,7 +164,9 @@ struct BlockWeights {
 
 // Packed weights of one direction for activations of `dtype`, laid out as BlockPack says.
 at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype);
-at::Tensor pack_block_backward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype);
+// The expansion only where the input's gradient is wanted: nothing else multiplies by it.
+at::Tensor pack_block_backward(
+    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
     const at::Tensor& x,

@@ -336,7 +336,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
-    const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type());
+    const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type(), need_input);
     std::vector<ColumnRuns> columns;
     for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
       columns.push_back(transposed_columns(s.window(), phase));

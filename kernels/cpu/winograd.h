@@ -40,6 +40,9 @@ struct WinogradTiles {
   int64_t rows, columns; // of tiles
   int64_t depth; // channels of a group
 
+  WinogradTiles(int64_t result_rows, int64_t result_columns, int64_t depth)
+      : rows(ceil_div(result_rows, 2)), columns(ceil_div(result_columns, 2)), depth(depth) {}
+
   int64_t count() const {
     return rows * columns;
   }
@@ -176,6 +179,22 @@ at::Tensor winograd_weights(const Units& packing, int64_t first, int64_t last, c
     }
   });
   return transformed;
+}
+
+// Calls body(first unit, end unit, their packed weights, the same transformed) until all are done;
+// transformed is undefined where `winograd` is false.
+template <class Units, class Body>
+void for_weights(const Units& packing, bool winograd, const Body& body) {
+  const int64_t bytes = winograd ? kWinogradPackedBytes : kPackedBytes;
+  packing.for_packed(bytes, [&](int64_t first, int64_t last, const typename Units::Element* packed) {
+    at::Tensor transformed;
+    if constexpr (std::is_same_v<typename Units::Element, float>) {
+      if (winograd) {
+        transformed = winograd_weights(packing, first, last, packed);
+      }
+    }
+    body(first, last, packed, transformed);
+  });
 }
 
 // A band of results of units [first, last): finish(group, panel, results), rows of 2 * tiles.columns pixels of the

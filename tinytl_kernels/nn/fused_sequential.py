@@ -68,14 +68,10 @@ def _stem_block(
     stem.refuse_trained_weight()
     padding = stem.four_paddings(image)
     made = ops.stem_output(image, stem.weight, stem.stride, padding)
-    (_, _, _, *convs, stride, block_padding, activation, _), scales = block_arguments(
-        None, depthwise, project, False, made
-    )
-    del scales["expand_scale"]
+    block, scales = block_arguments(None, depthwise, project, False, made)
     return ops.stem_block(
-        image, stem.weight, stem.bias, *convs, stem.stride, padding, stride, block_padding, activation,
-        stem_scale=stem.weight_scale, **scales,
-    )  # fmt: skip
+        image, stem.weight, stem.bias, stem.stride, padding, block, scales, weight_scale=stem.weight_scale
+    )
 
 
 def block_at(children: Sequence[nn.Module], at: int) -> tuple[tuple | None, int]:

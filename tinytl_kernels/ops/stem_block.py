@@ -18,31 +18,23 @@ from tinytl_kernels.ops.library import fused_call, gradient_needed
 
 def stem_block(
     image: Tensor,
-    stem_weight: Tensor,
-    stem_bias: Tensor | None,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    project_weight: Tensor,
-    project_bias: Tensor | None,
-    stem_stride: IntOrPair = 1,
-    stem_padding: IntOrPair = 0,
-    stride: IntOrPair = 1,
-    padding: IntOrPair = 1,
-    activation: str | None = "relu6",
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair,
+    block: tuple,
+    scales: dict[str, Tensor | None],
     *,
-    stem_scale: Tensor | None = None,
-    depthwise_scale: Tensor | None = None,
-    project_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor | None:
     """What the two operators come to, or None: call them one by one.
 
     Args:
         image: (N, C, H, W).
-        stem_weight, stem_bias, stem_stride, stem_padding, stem_scale: of :func:`frozen_conv`, without dilation and
-            groups.
-        depthwise_weight, depthwise_bias, project_weight, project_bias, stride, padding, depthwise_scale, project_scale:
-            of :func:`frozen_inverted_residual`.
-        activation: of both.
+        weight, bias, stride, padding, weight_scale: of the stem, as :func:`frozen_conv` takes them; it has no dilation
+            and no groups, and the activation of the block.
+        block, scales: the arguments of :func:`frozen_inverted_residual`, by position and by name; in the place of its
+            input :func:`stem_output`, no expansion, no shortcut.
 
     Returns:
         (N, O, H', W'), differentiable with respect to the biases; None where no backend does it in one call: where the
@@ -52,20 +44,20 @@ def stem_block(
     Raises:
         ValueError: as the operators do.
     """
-    weights = (stem_weight, stem_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
-    scales = (stem_scale, depthwise_scale, project_scale)
-    fused = None if gradient_needed(image) else fused_call("stem_block", "frozen_conv", (image, *weights, *scales))
+    made, _, _, *convs, block_stride, block_padding, activation, _ = block
+    tensors = (image, weight, bias, *convs, weight_scale, *scales.values())
+    fused = None if gradient_needed(image) else fused_call("stem_block", "frozen_conv", tensors)
     if fused is None:
         return None
-    stem_stride, stem_padding = pair(stem_stride, "stem_stride"), four_paddings(stem_padding)
-    stride, padding = pair(stride, "stride"), four_paddings(padding)
-    needs_masks = gradient_needed(*weights[1::2])
-    check_conv(image, stem_weight, stem_bias, stem_stride, stem_padding, (1, 1), 1, activation, needs_masks, stem_scale)
-    made = stem_output(image, stem_weight, stem_stride, stem_padding)
-    check_block(
-        made, None, None, *weights[2:], stride, padding, activation, False, needs_masks, False, None, *scales[1:]
-    )
-    return fused(image, *weights, stem_stride, stem_padding, stride, padding, activation, needs_masks, *scales)
+    geometry = pair(stride, "stride"), four_paddings(padding)
+    block_geometry = pair(block_stride, "stride"), four_paddings(block_padding)
+    needs_masks = gradient_needed(bias, *convs[1::2])
+    check_conv(image, weight, bias, *geometry, (1, 1), 1, activation, needs_masks, weight_scale)
+    check_block(made, None, None, *convs, *block_geometry, activation, False, needs_masks, False, *scales.values())
+    return fused(
+        image, weight, bias, *convs, *geometry, *block_geometry, activation, needs_masks,
+        weight_scale, scales["depthwise_scale"], scales["project_scale"],
+    )  # fmt: skip
 
 
 def stem_output(image: Tensor, weight: Tensor, stride: IntOrPair, padding: IntOrPair) -> Tensor:

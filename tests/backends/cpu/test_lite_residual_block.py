@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 import tinytl_kernels as tk
-from tinytl_kernels.backends import backend_module
+from tests.backends.cpu.fused import CPU, counted, image
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-CPU = backend_module("cpu")
 NAME = "lite_residual_block"
 
 NORMS = {
@@ -26,16 +25,7 @@ NORMS = {
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     """For every time that the one call was asked for: whether it took the block."""
-    calls: list[bool] = []
-    fused = CPU.FUSED[NAME]
-
-    def counting(*args):
-        output = fused(*args)
-        calls.append(output is not None)
-        return output
-
-    monkeypatch.setitem(CPU.FUSED, NAME, counting)
-    return calls
+    return counted(NAME, monkeypatch)
 
 
 def make(norm="batch norm", stride=1, recompute=False, bits=32, **block) -> tk.LiteResidualBlock:
@@ -46,10 +36,6 @@ def make(norm="batch norm", stride=1, recompute=False, bits=32, **block) -> tk.L
     lite = tk.LiteResidual(8, out, stride=stride, norm=NORMS[norm], recompute=recompute)
     nn.init.normal_(lite.final_bn.weight)  # zero at first, and a zero would hide everything before it
     return tk.LiteResidualBlock(main, lite).to(memory_format=torch.channels_last)
-
-
-def image(*size: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*size).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def step(block: nn.Module, x: torch.Tensor, input_grad: bool = True) -> dict[str, torch.Tensor | None]:

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tinytl_kernels as tk
+from tests.backends.cpu.fused import counted, image
 from tinytl_kernels import FrozenConvBias, FrozenInvertedResidual
-from tinytl_kernels.backends import backend_module
 from tinytl_kernels.backends.cpu import frozen_conv
 from tinytl_kernels.nn import FusedSequential
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-CPU = backend_module("cpu")
 NAME = "stem_block"
 
 
@@ -33,16 +32,7 @@ def stem_by_our_kernel():
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     """For every time that the one call was asked for: whether it took the layers."""
-    calls: list[bool] = []
-    fused = CPU.FUSED[NAME]
-
-    def counting(*args):
-        output = fused(*args)
-        calls.append(output is not None)
-        return output
-
-    monkeypatch.setitem(CPU.FUSED, NAME, counting)
-    return calls
+    return counted(NAME, monkeypatch)
 
 
 def make(
@@ -53,10 +43,6 @@ def make(
     for conv in (stem, block.depthwise, block.project):
         nn.init.normal_(conv.bias, std=0.5)
     return FusedSequential(stem, block).to(memory_format=torch.channels_last)
-
-
-def image(*size: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*size).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
