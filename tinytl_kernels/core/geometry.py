@@ -42,6 +42,18 @@ def output_length(length: int, kernel: int, stride: int, before: int, after: int
     return (length + before + after - window_extent(kernel, dilation)) // stride + 1
 
 
+def window_reaches(length: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> bool:
+    """Whether at least one tap of one position of a window falls on one of the ``length`` pixels."""
+    if length >= max(stride, dilation):  # neither steps from one position nor those from one tap to the next jump over
+        return True
+    positions = output_length(length, kernel, stride, before, after, dilation)
+    return any(
+        before <= position * stride + tap * dilation < before + length
+        for position in range(positions)
+        for tap in range(kernel)
+    )
+
+
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
     """PyTorch's ``padding="same"`` (stride 1): (before, after); an even kernel gets the odd pixel after."""
     total = window_extent(kernel, dilation) - 1

@@ -20,7 +20,7 @@ from tinytl_kernels.backends.reference.slabs import image_chunks
 from tinytl_kernels.backends.reference.weights import dequantize_if_small, weight_slices
 from tinytl_kernels.core.activations import BIT_MASK
 from tinytl_kernels.core.dtypes import accumulation_dtype
-from tinytl_kernels.core.geometry import output_length, window_extent
+from tinytl_kernels.core.geometry import output_length, window_extent, window_reaches
 from tinytl_kernels.core.layout import format_of, memory_format
 
 
@@ -73,7 +73,7 @@ def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) ->
     # oneDNN computes in a blocked layout and copies the result into NCHW: image by image, so that there are not two
     # outputs at a time (measured: not slower, as a chunk stays in cache).
     if even and (layout is torch.channels_last or input.device.type != "cpu" or input.size(0) == 1):
-        output = torch.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
+        output = _conv2d(input, weight, bias, stride, (top, left), dilation, groups)
         return output.contiguous(memory_format=layout)
     # ATen pads both sides alike. A padded copy of the input is avoided by padding both sides by as much as covers
     # both, in whole strides, and dropping the positions that this adds before the first.
@@ -85,9 +85,20 @@ def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) ->
         (input.size(0), weight.size(0), height, width), dtype=input.dtype, device=input.device, memory_format=layout
     )
     for images in image_chunks(input):
-        wide = torch.conv2d(input[images], weight, bias, stride, (pad_height, pad_width), dilation, groups)
+        wide = _conv2d(input[images], weight, bias, stride, (pad_height, pad_width), dilation, groups)
         output[images] = wide[:, :, rows_before : rows_before + height, columns_before : columns_before + width]
     return output
+
+
+def _conv2d(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    sides = [
+        (input.size(2 + i), weight.size(2 + i), stride[i], padding[i], padding[i], dilation[i]) for i in range(2)
+    ]
+    if all(window_reaches(*side) for side in sides):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # A dilated or strided window that lies beside a tiny image wherever it stands: there oneDNN crashes on the bias.
+    output = input.new_zeros((input.size(0), weight.size(0), *(output_length(*side) for side in sides)))
+    return output if bias is None else output + bias[:, None, None]
 
 
 def _cover(before: int, after: int, stride: int) -> tuple[int, int]:
