@@ -15,8 +15,6 @@
 #include "parallel.h"
 #include "smooth.h"
 
-#include <ATen/ops/empty_like.h>
-
 #include <limits>
 
 namespace tinytl::cpu {
@@ -225,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor> activation_forward(
     const at::Tensor& x, const std::string& activation, double negative_slope, bool needs_mask) {
   check_image(x, "input");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor y = empty_tensor(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask = run_forward(input, y, {}, parse_activation(activation, true), negative_slope, needs_mask);
   return {y, mask};
 }
@@ -255,11 +253,11 @@ std::tuple<at::Tensor, at::Tensor> activation_backward(
       mask, "mask", kind != Activation::none, grad_output.size(0), grad_output.size(2), grad_output.size(3), channels);
   const at::Tensor grad_out = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor grad = need_input
-      ? at::empty(grad_out.sizes(), grad_out.options(), at::MemoryFormat::ChannelsLast)
-      : at::empty({0}, grad_out.options());
+      ? empty_tensor(grad_out.sizes(), grad_out.options(), at::MemoryFormat::ChannelsLast)
+      : empty_tensor({0}, grad_out.options());
   const int64_t tasks = pixel_tasks(pixels, channels);
   const int64_t length = 2 * padded_channels(channels);
-  at::Tensor partial = at::zeros({tasks, length}, grad_out.options().dtype(at::kFloat));
+  at::Tensor partial = zero_tensor({tasks, length}, grad_out.options().dtype(at::kFloat));
   float* sums = partial.data_ptr<float>();
   with_storage_type(grad_out.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
@@ -283,8 +281,8 @@ std::tuple<at::Tensor, at::Tensor> activation_backward(
 std::tuple<at::Tensor, at::Tensor> coded_activation_forward(
     const at::Tensor& x, const std::string& activation, int64_t zero, int64_t steps) {
   check_dense(x, "input");
-  at::Tensor y = at::empty_like(x);
-  at::Tensor codes = at::empty_like(x, x.options().dtype(at::kByte));
+  at::Tensor y = empty_like(x);
+  at::Tensor codes = empty_like(x, x.options().dtype(at::kByte));
   uint8_t* bytes = codes.data_ptr<uint8_t>();
   const DerivativeCode code(zero, steps);
   with_storage_type(x.scalar_type(), "input", [&](auto storage) {
@@ -310,7 +308,7 @@ at::Tensor coded_activation_backward(
       codes.scalar_type() == at::kByte && codes.sizes() == grad_output.sizes() &&
           codes.strides() == grad_output.strides(),
       "codes: expected uint8 in the sizes and strides of grad_output");
-  at::Tensor grad = at::empty_like(grad_output);
+  at::Tensor grad = empty_like(grad_output);
   const uint8_t* bytes = codes.data_ptr<uint8_t>();
   const DerivativeCode code(zero, steps);
   with_storage_type(grad_output.scalar_type(), "grad_output", [&](auto storage) {

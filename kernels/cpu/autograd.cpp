@@ -201,7 +201,7 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
     auto& data = ctx->saved_data;
     const at::Tensor& grad_pooled = grads[3];
     const at::Tensor grad_output =
-        grads[0].defined() ? grads[0] : at::zeros(data["output_size"].toIntVector(), grad_pooled.options());
+        grads[0].defined() ? grads[0] : zero_tensor(data["output_size"].toIntVector(), grad_pooled.options());
     const auto need = needed<4>(ctx);
     TINYTL_RECORDED("inverted_residual_backward");
     const auto gradients = inverted_residual_backward(
@@ -317,7 +317,7 @@ struct LiteBranch : Function<LiteBranch> {
         pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
         running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2);
     if (!keep_conv) {
-      conv = at::empty({0}, pooled.options());
+      conv = empty_tensor({0}, pooled.options());
     }
     ctx->save_for_backward(
         {pooled, conv, statistics1, statistics2, weight1, or_undefined(norm_weight1), or_undefined(norm_bias1), weight2,

@@ -46,7 +46,7 @@ at::Tensor avg_pool2d_forward(
   const PoolShape s(x.sizes(), kernel_size, stride, padding, {1, 1}, ceil_mode);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out =
-      at::empty({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+      empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   const Divisors divisors(s, count_include_pad, divisor_override);
   const std::vector<Span> row_spans = window_spans(s, 0), column_spans = window_spans(s, 1);
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
@@ -104,7 +104,7 @@ at::Tensor avg_pool2d_backward(
   check_size(
       grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const Divisors divisors(s, count_include_pad, divisor_override);
   const Covers row_covers(s, 0), column_covers(s, 1);
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {

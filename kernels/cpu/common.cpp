@@ -4,8 +4,24 @@
 #include "frozen_weight.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 namespace tinytl::cpu {
+
+at::Tensor empty_tensor(
+    at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format) {
+  return at::empty(sizes, options, format);
+}
+
+at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::zeros(sizes, options);
+}
+
+at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options) {
+  return at::empty_like(other, options);
+}
 
 Activation parse_activation(const std::string& name, bool stand_alone) {
   if (name == "none") {
@@ -78,7 +94,7 @@ at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char*
   if (bias->scalar_type() == at::kFloat && bias->is_contiguous() && padded_channels(channels) == channels) {
     return *bias;
   }
-  at::Tensor padded = at::zeros({padded_channels(channels)}, bias->options().dtype(at::kFloat));
+  at::Tensor padded = zero_tensor({padded_channels(channels)}, bias->options().dtype(at::kFloat));
   padded.narrow(0, 0, channels).copy_(*bias);
   return padded;
 }
@@ -86,9 +102,9 @@ at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char*
 // Column sums of partial (tasks, length) from `start`, in order, in double precision.
 at::Tensor reduce_partial(const at::Tensor& partial, int64_t start, int64_t channels, bool wanted) {
   if (!wanted) {
-    return at::empty({0}, partial.options());
+    return empty_tensor({0}, partial.options());
   }
-  at::Tensor total = at::empty({channels}, partial.options());
+  at::Tensor total = empty_tensor({channels}, partial.options());
   const int64_t tasks = partial.size(0);
   const int64_t length = partial.size(1);
   const float* source = partial.data_ptr<float>() + start;
@@ -105,7 +121,7 @@ at::Tensor reduce_partial(const at::Tensor& partial, int64_t start, int64_t chan
 
 at::Tensor empty_mask(const at::Tensor& like, bool wanted, int64_t batch, int64_t height, int64_t width, int64_t channels) {
   const auto options = like.options().dtype(at::kByte);
-  return wanted ? at::empty({batch, height, width, mask_bytes(channels)}, options) : at::empty({0}, options);
+  return wanted ? empty_tensor({batch, height, width, mask_bytes(channels)}, options) : empty_tensor({0}, options);
 }
 
 const uint8_t* checked_mask(

@@ -7,8 +7,6 @@
 #include "scratch.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <optional>
@@ -17,6 +15,12 @@
 namespace tinytl::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// at::empty, at::zeros and at::empty_like, whose own headers take a compiler four seconds in every file.
+at::Tensor empty_tensor(
+    at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format = std::nullopt);
+at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options = {});
 
 // "none", "relu", "relu6"; with stand_alone also "leaky_relu" and "hardsigmoid".
 Activation parse_activation(const std::string& name, bool stand_alone = false);

@@ -159,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
       "weight: expected a multiple of 8 output channels a group, so that no two groups share a byte of the mask, got ",
       group_out);
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor out = at::empty({s.batch, s.out_channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor out = empty_tensor({s.batch, s.out_channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask =
       empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, height, width, s.out_channels);
   uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
@@ -167,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
   // A bias as the panels read it: every group padded to whole vectors.
   const Panels panels(group_out);
   const at::Tensor flat = padded_bias(bias, s.out_channels, "bias");
-  at::Tensor padded = at::zeros({groups, panels.padded()}, x.options().dtype(at::kFloat).memory_format(std::nullopt));
+  at::Tensor padded = zero_tensor({groups, panels.padded()}, x.options().dtype(at::kFloat).memory_format(std::nullopt));
   if (flat.defined()) {
     padded.narrow(1, 0, group_out).copy_(flat.narrow(0, 0, s.out_channels).view({groups, group_out}));
   }
@@ -297,12 +297,12 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
       checked_mask(mask, "mask", s.activation != Activation::none, s.batch, height, width, s.out_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const Panels panels(s.group_in());
   const Bands bands(s.batch, s.rows.length, ceil_div(s.rows.reach(), s.rows.stride));
   const int64_t sums_length = padded_channels(s.out_channels);
   at::Tensor partial =
-      at::zeros({bands.tasks(), sums_length}, grad.options().dtype(at::kFloat).memory_format(std::nullopt));
+      zero_tensor({bands.tasks(), sums_length}, grad.options().dtype(at::kFloat).memory_format(std::nullopt));
   float* partials = partial.data_ptr<float>();
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto type) {

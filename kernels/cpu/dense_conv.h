@@ -293,7 +293,7 @@ struct PackedUnits {
     const int64_t step = std::max<int64_t>(bytes / (largest * static_cast<int64_t>(sizeof(Element))), 1);
     const int64_t elements = std::min(step * largest, shape.groups * panels.padded() * shape.taps() * depth);
     const at::Tensor storage =
-        at::empty({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
+        empty_tensor({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
     Element* packed = storage.data_ptr<Element>();
     for (int64_t first = 0; first < units(); first += step) {
       const int64_t last = std::min(first + step, units());

@@ -75,7 +75,7 @@ struct DepthwiseShape {
 
 template <class T>
 at::Tensor pack_taps(const FrozenWeight& weight) {
-  at::Tensor packed = at::empty(
+  at::Tensor packed = empty_tensor(
       {weight.inner * padded_channels(weight.out_channels)}, weight.values.options().dtype(at::kFloat));
   pack_depthwise<T>(weight, packed.data_ptr<float>());
   return packed;
@@ -171,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out =
-      at::empty({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+      empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask =
       empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
   uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
@@ -256,12 +256,12 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
   const uint8_t* bits = checked_mask(
       mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const int64_t mask_stride = mask_bytes(s.channels);
   const int64_t width = padded_channels(s.channels);
   const Window& w = s.window;
   const Bands bands(s.batch, s.height, ceil_div(s.reach_height(), w.stride_height));
-  at::Tensor partial = at::zeros({bands.tasks(), width}, grad.options().dtype(at::kFloat));
+  at::Tensor partial = zero_tensor({bands.tasks(), width}, grad.options().dtype(at::kFloat));
   float* partials = partial.data_ptr<float>();
   // Input row r meets output rows from first_row(r) to last_row(r).
   const auto first_row = [&](int64_t row) {

@@ -166,10 +166,10 @@ struct Affine {
       : weight(padded_bias(w, channels, "weight")), bias(padded_bias(b, channels, "bias")) {
     const auto options = like.options().dtype(at::kFloat);
     if (!weight.defined()) {
-      weight = at::empty({padded_channels(channels)}, options).fill_(1.0);
+      weight = empty_tensor({padded_channels(channels)}, options).fill_(1.0);
     }
     if (!bias.defined()) {
-      bias = at::zeros({padded_channels(channels)}, options);
+      bias = zero_tensor({padded_channels(channels)}, options);
     }
   }
 };
@@ -214,16 +214,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward(
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   const Shape shape(input, num_groups);
   const auto floats = input.options().dtype(at::kFloat);
-  at::Tensor out = at::empty(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor mean = at::empty({shape.images, shape.groups}, floats);
-  at::Tensor rstd = at::empty({shape.images, shape.groups}, floats);
+  at::Tensor out = empty_tensor(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor mean = empty_tensor({shape.images, shape.groups}, floats);
+  at::Tensor rstd = empty_tensor({shape.images, shape.groups}, floats);
   if (input.numel() == 0) {
     return {out, mean, rstd};
   }
   const Affine affine(weight, bias, shape.channels, input);
   const Bands bands(shape.images, shape.pixels, 0);
-  at::Tensor moments = at::zeros({bands.tasks(), 2, shape.padded}, floats);
-  at::Tensor rows = at::empty({shape.images, 2, shape.padded}, floats); // mean, rstd of every channel
+  at::Tensor moments = zero_tensor({bands.tasks(), 2, shape.padded}, floats);
+  at::Tensor rows = empty_tensor({shape.images, 2, shape.padded}, floats); // mean, rstd of every channel
   float* moment = moments.data_ptr<float>();
   float* row = rows.data_ptr<float>();
   with_storage_type(input.scalar_type(), "input", [&](auto zero) {
@@ -282,15 +282,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
   const at::Tensor grad_out = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   const Shape shape(input, num_groups);
   const auto floats = input.options().dtype(at::kFloat);
-  at::Tensor grad = need_input ? at::empty(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast)
-                               : at::empty({0}, input.options());
+  at::Tensor grad = need_input ? empty_tensor(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast)
+                               : empty_tensor({0}, input.options());
   const at::Tensor means = checked_statistics(mean, "shift", shape);
   const at::Tensor rstds = checked_statistics(rstd, "rstd", shape);
   const Affine affine(weight, bias, shape.channels, input);
   const Bands bands(shape.images, std::max<int64_t>(shape.pixels, 1), 0);
   // A task's sum g and sum g x_hat of every channel, and as much again for work.
-  at::Tensor partial = at::zeros({std::max<int64_t>(bands.tasks(), 1), 4 * shape.padded}, floats);
-  at::Tensor rows = at::zeros({shape.images, ChannelRows::kRowCount, shape.padded}, floats);
+  at::Tensor partial = zero_tensor({std::max<int64_t>(bands.tasks(), 1), 4 * shape.padded}, floats);
+  at::Tensor rows = zero_tensor({shape.images, ChannelRows::kRowCount, shape.padded}, floats);
   const auto rows_of = [&](int64_t image) {
     return ChannelRows{rows.data_ptr<float>() + image * ChannelRows::kRowCount * shape.padded, shape.padded};
   };

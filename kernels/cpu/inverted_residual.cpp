@@ -112,7 +112,7 @@ at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, 
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::forward(s);
-    packed = at::empty({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), out_panels(s.out_channels);
     if (weights.expand.has_value()) {
       pack_forward<Dot, T>(
@@ -131,7 +131,7 @@ at::Tensor pack_block_backward(
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
-    packed = at::empty({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), in_panels(s.in_channels);
     pack_backward<Dot, T>(
         weights.project, packed_depth<Dot>(s.out_channels), panels, 0, panels.count, layout.into(packed));

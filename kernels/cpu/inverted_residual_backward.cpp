@@ -326,10 +326,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     pooled = grad_pooled->contiguous(nhwc);
   }
   at::Tensor grad_input =
-      need_input ? at::empty(input_size, grad.options(), nhwc) : at::empty({0}, grad.options());
+      need_input ? empty_tensor(input_size, grad.options(), nhwc) : empty_tensor({0}, grad.options());
   const Bands bands(s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride));
   const Panels panels(s.expanded);
-  at::Tensor partial = at::zeros(
+  at::Tensor partial = zero_tensor(
       {bands.tasks(), 2 * panels.padded() + padded_channels(s.out_channels)}, grad.options().dtype(at::kFloat));
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {

@@ -272,12 +272,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
     bool want_pooled) {
   const auto options = x.options();
   const auto nhwc = at::MemoryFormat::ChannelsLast;
-  at::Tensor out = at::empty({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
+  at::Tensor out = empty_tensor({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
   const bool masks = needs_mask && s.activation != Activation::none;
   at::Tensor mask_expand = empty_mask(x, masks && s.has_expand, s.batch, s.height, s.width, s.expanded);
   at::Tensor mask_depthwise = empty_mask(x, masks, s.batch, s.out_height, s.out_width, s.expanded);
-  at::Tensor pooled = want_pooled ? at::empty({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
-                                  : at::empty({0}, options);
+  at::Tensor pooled = want_pooled ? empty_tensor({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
+                                  : empty_tensor({0}, options);
   const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
   const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
   const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");

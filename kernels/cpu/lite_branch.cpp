@@ -11,9 +11,6 @@
 #include "trained_conv.h"
 #include "trained_norm.h"
 
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/stack.h>
-
 namespace tinytl::cpu {
 namespace {
 
@@ -34,7 +31,7 @@ TrainedConv pointwise_after(const TrainedConv& conv, const at::Tensor& weight) {
 class Workspace {
  public:
   Workspace(int64_t elements, int64_t buffers)
-      : storage_(at::empty({elements + buffers * kGap}, at::kFloat)), next_(storage_.data_ptr<float>()) {}
+      : storage_(empty_tensor({elements + buffers * kGap}, at::kFloat)), next_(storage_.data_ptr<float>()) {}
 
   // `count` floats, with room behind them for a tile's vectors that begin at the last one.
   float* take(int64_t count) {
@@ -51,7 +48,7 @@ class Workspace {
 
 template <class T>
 at::Tensor first_conv(const TrainedConv& conv, const float* padded, const at::Tensor& weight, at::ScalarType dtype) {
-  at::Tensor result = at::empty({conv.out_height, conv.out_width, conv.batch, conv.out_channels}, dtype);
+  at::Tensor result = empty_tensor({conv.out_height, conv.out_width, conv.batch, conv.out_channels}, dtype);
   trained_conv_forward(conv, padded, weight, result.data_ptr<T>());
   return result;
 }
@@ -70,7 +67,10 @@ void for_row_blocks(int64_t begin, int64_t end, int64_t batch, const Body& body)
 
 void use_running(TrainedNorm& norm, const OptionalTensor& mean, const OptionalTensor& var) {
   norm.of_batch = false;
-  norm.use(at::stack({mean->to(at::kFloat), var->to(at::kFloat)}));
+  at::Tensor statistics = empty_tensor({2, norm.channels}, at::kFloat);
+  statistics[0].copy_(*mean);
+  statistics[1].copy_(*var);
+  norm.use(statistics);
 }
 
 // Rows [begin, end) of f(norm(c)), the first of them at `a`.
@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward(
   const Activation f = parse_activation(activation);
   const at::Tensor input = pooled.contiguous(kChannelsLast);
   at::Tensor out =
-      at::empty({conv2.batch, conv2.out_channels, conv2.out_height, conv2.out_width}, pooled.options(), kChannelsLast);
+      empty_tensor({conv2.batch, conv2.out_channels, conv2.out_height, conv2.out_width}, pooled.options(), kChannelsLast);
   at::Tensor c;
   TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
   TrainedNorm norm2 = norm_of(conv2, norm_weight2, norm_bias2, norm_groups2, eps2);
@@ -257,8 +257,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto [need_input, need_weight1, need_scale1, need_bias1, need_weight2, need_scale2, need_bias2] = needed;
   const bool need_conv1 = need_input || need_weight1;
   const bool need_norm1 = need_conv1 || need_scale1 || need_bias1;
-  at::Tensor grad_input = at::empty({0}, pooled.options());
-  at::Tensor grad_weight1 = at::empty({0}, weight1.options()), grad_weight2 = at::empty({0}, weight2.options());
+  at::Tensor grad_input = empty_tensor({0}, pooled.options());
+  at::Tensor grad_weight1 = empty_tensor({0}, weight1.options()), grad_weight2 = empty_tensor({0}, weight2.options());
   const at::Tensor input = pooled.contiguous(kChannelsLast), grad = grad_output.contiguous(kChannelsLast);
   TrainedNorm norm1 = norm_of(conv1, norm_weight1, norm_bias1, norm_groups1, eps1);
   TrainedNorm norm2 = norm_of(conv2, norm_weight2, std::nullopt, norm_groups2, eps2);
@@ -311,7 +311,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     };
     input_gradient(norm2, e, from_output, to_rows);
     if (need_weight2) {
-      grad_weight2 = at::empty_like(weight2);
+      grad_weight2 = empty_like(weight2);
       trained_conv_backward_weight(conv2, a, e, grad_weight2);
     }
     if (!need_norm1) {
@@ -344,11 +344,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       }
     });
     if (need_input) {
-      grad_input = at::empty(pooled.sizes(), pooled.options(), kChannelsLast);
+      grad_input = empty_tensor(pooled.sizes(), pooled.options(), kChannelsLast);
       trained_conv_backward_input(conv1, grad_c, weight1, grad_input.data_ptr<T>());
     }
     if (need_weight1) {
-      grad_weight1 = at::empty_like(weight1);
+      grad_weight1 = empty_like(weight1);
       pad_input(conv1, input.data_ptr<T>(), padded);
       trained_conv_backward_weight(conv1, padded, grad_c, grad_weight1);
     }

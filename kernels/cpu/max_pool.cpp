@@ -271,8 +271,8 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d_forward(
   const Storage storage = needs_positions ? storage_for(s, kernel_size) : Storage::none;
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor out =
-      at::empty({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor positions = at::empty({0}, x.options().dtype(at::kByte));
+      empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor positions = empty_tensor({0}, x.options().dtype(at::kByte));
   with_storage(storage, [&](auto constant) {
     constexpr Storage STORAGE = decltype(constant)::value;
     if constexpr (STORAGE != Storage::none) {
@@ -300,7 +300,7 @@ at::Tensor max_pool2d_backward(
       grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
   TORCH_CHECK(positions.is_contiguous(), "positions: expected a contiguous tensor, as the forward returns it");
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   with_storage(storage_for(s, kernel_size), [&](auto constant) {
     constexpr Storage STORAGE = decltype(constant)::value;
     if constexpr (STORAGE != Storage::none) {

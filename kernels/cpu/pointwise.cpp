@@ -111,7 +111,7 @@ void for_unpacked(const FrozenWeight& weight, const Panels& panels, int64_t dept
   const int64_t step = weight.quantized() ? std::max<int64_t>(kUnpackedBytes / panel_bytes, 1) : panels.count;
   const int64_t elements = std::min(step * kPanelGroups * kGroup, panels.padded()) * depth;
   const at::Tensor packed =
-      at::empty({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
+      empty_tensor({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
   for (int64_t first = 0; first < panels.count; first += step) {
     const int64_t last = std::min(first + step, panels.count);
     pack(first, last, packed.data_ptr<Element>());
@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
   const PointwiseShape s(x.sizes(), weight, stride, activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor out = at::empty(
+  at::Tensor out = empty_tensor(
       {s.batch, s.out_channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask = empty_mask(
       x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
@@ -213,14 +213,14 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
   const uint8_t* bits = checked_mask(
       mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor grad_input = at::empty(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   if (s.strided()) {
     grad_input.zero_(); // input pixels that no output pixel reads
   }
   const Panels panels(s.in_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
   const int64_t padded = padded_channels(s.out_channels);
-  at::Tensor partial = at::zeros({piece_count(s.pixels()), padded}, grad.options().dtype(at::kFloat));
+  at::Tensor partial = zero_tensor({piece_count(s.pixels()), padded}, grad.options().dtype(at::kFloat));
   float* partials = partial.data_ptr<float>();
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {

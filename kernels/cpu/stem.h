@@ -51,7 +51,7 @@ struct Stem {
 template <class Dot>
 at::Tensor stem_matrix(const DenseShape& stem, const at::Tensor& weight) {
   const int64_t depth = packed_depth<Dot>(stem.in_channels);
-  at::Tensor matrix = at::zeros(
+  at::Tensor matrix = zero_tensor(
       {stem.out_channels, stem.rows.kernel, stem.columns.kernel, depth}, weight.options().memory_format(std::nullopt));
   matrix.narrow(3, 0, stem.in_channels).copy_(weight.permute({0, 2, 3, 1}));
   return matrix.view({stem.out_channels, stem.taps() * depth, 1, 1});

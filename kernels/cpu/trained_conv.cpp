@@ -3,7 +3,6 @@
 
 #include "parallel.h"
 
-#include <ATen/ops/empty_like.h>
 #include <c10/util/SmallVector.h>
 
 namespace tinytl::cpu {
@@ -50,7 +49,7 @@ struct PackedWeight {
     const int64_t group_stride = conv.group_out() * out_stride;
     const int64_t term_stride = transposed ? out_stride : in_stride;
     const int64_t column_stride = transposed ? in_stride : out_stride;
-    storage = at::empty({groups * taps * terms * panels.padded()}, source.options().memory_format(std::nullopt));
+    storage = empty_tensor({groups * taps * terms * panels.padded()}, source.options().memory_format(std::nullopt));
     float* to = storage.data_ptr<float>();
     const int64_t units = groups * panels.count * conv.kernel;
     parallel_pieces(0, units, ceil_div(16384, conv.kernel * terms * kLanes), [&](int64_t begin, int64_t end) {
@@ -319,7 +318,7 @@ void trained_conv_backward_weight(
   const int64_t chunk = ceil_div(kWeightTerms, conv.out_width * conv.batch); // output lines
   const Strides strides{1, conv.out_channels, conv.in_channels};
   const bool in_place = grad_weight.scalar_type() == at::kFloat;
-  at::Tensor sums = in_place ? grad_weight : at::empty_like(grad_weight, grad_weight.options().dtype(at::kFloat));
+  at::Tensor sums = in_place ? grad_weight : empty_like(grad_weight, grad_weight.options().dtype(at::kFloat));
   float* target = sums.data_ptr<float>();
   const int64_t out_stride = sums.stride(0), in_stride = sums.stride(1);
   const int64_t row_stride = sums.stride(2), column_stride = sums.stride(3);

@@ -1,8 +1,6 @@
 // See trained_norm.h.
 #include "trained_norm.h"
 
-#include <ATen/ops/full.h>
-
 #include <cmath>
 
 namespace tinytl::cpu {
@@ -10,7 +8,7 @@ namespace {
 
 at::Tensor parameter(const OptionalTensor& given, int64_t channels, float missing) {
   if (!given.has_value() || !given->defined()) {
-    return at::full({channels}, missing, at::kFloat);
+    return empty_tensor({channels}, at::kFloat).fill_(missing);
   }
   TORCH_CHECK(
       given->dim() == 1 && given->size(0) == channels, "norm: expected (", channels, ") parameters, got ", given->sizes());
@@ -99,7 +97,7 @@ void TrainedNorm::take_moments(const std::vector<float>& partial) {
   for (int64_t i = 0; i < length; ++i) {
     moments[entry(i / channels, i % channels)].add(count, means[i], squares[i]);
   }
-  at::Tensor measured = at::empty({2, entries}, weight.options());
+  at::Tensor measured = empty_tensor({2, entries}, weight.options());
   float* target = measured.data_ptr<float>();
   for (int64_t i = 0; i < entries; ++i) {
     target[i] = static_cast<float>(moments[i].mean);
@@ -141,7 +139,7 @@ void TrainedNorm::take_sums(const std::vector<float>& partial) {
 }
 
 at::Tensor TrainedNorm::grad_weight(bool wanted) const {
-  at::Tensor grad = at::zeros({wanted ? channels : 0}, weight.options());
+  at::Tensor grad = zero_tensor({wanted ? channels : 0}, weight.options());
   for (int64_t c = 0; c < grad.numel(); ++c) {
     double sum = 0;
     for (int64_t set = 0; set < sets(); ++set) {
@@ -153,7 +151,7 @@ at::Tensor TrainedNorm::grad_weight(bool wanted) const {
 }
 
 at::Tensor TrainedNorm::grad_bias(bool wanted) const {
-  at::Tensor grad = at::zeros({wanted ? channels : 0}, weight.options());
+  at::Tensor grad = zero_tensor({wanted ? channels : 0}, weight.options());
   for (int64_t c = 0; c < grad.numel(); ++c) {
     double sum = 0;
     for (int64_t set = 0; set < sets(); ++set) {

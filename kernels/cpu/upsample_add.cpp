@@ -116,7 +116,7 @@ at::Tensor upsample_add_forward(const at::Tensor& main, const at::Tensor& branch
   check_image(main, "main");
   check_image(branch, "branch");
   const auto nhwc = at::MemoryFormat::ChannelsLast;
-  at::Tensor out = at::empty(main.sizes(), main.options(), nhwc);
+  at::Tensor out = empty_tensor(main.sizes(), main.options(), nhwc);
   add_rows(main.contiguous(nhwc), branch.contiguous(nhwc), out);
   return out;
 }
@@ -143,7 +143,7 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
       branch_size);
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   const at::Tensor grad = grad_output.contiguous(nhwc);
-  at::Tensor grad_branch = at::empty(branch_size, grad.options(), nhwc);
+  at::Tensor grad_branch = empty_tensor(branch_size, grad.options(), nhwc);
   const int64_t branch_height = branch_size[2], branch_width = branch_size[3];
   const Readers rows(Axis(branch_height, height), branch_height), columns(Axis(branch_width, width), branch_width);
   const int64_t padded = padded_channels(channels);

@@ -169,7 +169,7 @@ template <class Units>
 at::Tensor winograd_weights(const Units& packing, int64_t first, int64_t last, const float* packed) {
   const auto& panels = packing.panels;
   const auto place = [&](int64_t unit) { return (packing.offset(unit) - packing.offset(first)) / kWinogradTaps; };
-  const at::Tensor transformed = at::empty({kWinogradElements * place(last)}, at::kFloat);
+  const at::Tensor transformed = empty_tensor({kWinogradElements * place(last)}, at::kFloat);
   float* to = transformed.data_ptr<float>();
   parallel_pieces(first, last, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -100,6 +100,30 @@ def test_other_sources_are_another_build(workshop):
     assert workshop.compilations() == 4
 
 
+NO_HEADERS = """\
+#!/bin/sh
+case "$*" in *c++-header*) echo no headers; exit 1;; esac
+exec c++ "$@"
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("can_precompile", [True, False])
+def test_what_all_files_include_is_read_once_where_the_compiler_can(workshop, monkeypatch, tmp_path, can_precompile):
+    header, second = tmp_path / "common.h", tmp_path / "other.cpp"
+    header.write_text("#pragma once\nconstexpr int kAnswer = 42;\n")
+    second.write_text('#include "common.h"\nint other() { return kAnswer; }\n')
+    workshop.source.write_text('#include "common.h"\n' + workshop.source.read_text().replace("42", "kAnswer"))
+    monkeypatch.setattr(build, "kernel_sources", lambda: [workshop.source, second, header])
+    if not can_precompile:
+        workshop.compiler.write_text(NO_HEADERS)
+    assert load() is None
+    assert workshop.compilations() == (4 if can_precompile else 0)  # the header, two files, link; no diary
+    header.write_text(header.read_text().replace("42", "43"))
+    assert load() is None
+    assert len(list(workshop.cache.glob("*/*.so"))) == 2
+
+
 def test_a_failed_build_is_remembered_until_asked_again(workshop, capsys, monkeypatch):
     workshop.broken.touch()
     assert "the build failed, see " in load()
