@@ -117,3 +117,23 @@ class FusableNet(nn.Module):
         x = self.conv2(x).relu()
         x = F.leaky_relu(self.conv3(x))
         return self.fc(x.mean((2, 3)))
+
+
+class SharedNet(nn.Module):
+    """One in-place activation module behind two convolutions, behind a sum, and on what is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.conv4 = nn.Conv2d(8, 8, 1)
+        self.act = nn.ReLU6(inplace=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(input)))
+        y = self.act(self.conv2(x))
+        y = self.act(self.conv3(y) + x)
+        z = self.conv4(y)
+        return self.fc((self.act(z) + z).mean((2, 3)))

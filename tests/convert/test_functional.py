@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.checks import saved_bytes
-from tests.convert.models import FunctionalNet, FusableNet, with_statistics
-from tinytl_kernels.convert import conversion_report, convert
+from tests.convert.models import FunctionalNet, FusableNet, Residual, SharedNet, with_statistics
+from tinytl_kernels.convert import conversion_report, convert, to_torch
 
 X = torch.randn(2, 3, 17, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -34,7 +34,7 @@ def same_gradients(model: nn.Module, stock: nn.Module, *args, **kwargs) -> None:
     torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet, SharedNet])
 def test_outputs_and_gradients_stay(kind: type[nn.Module]) -> None:
     same_gradients(*pair(kind))
 
@@ -85,6 +85,42 @@ def test_activations_right_behind_convolutions_are_fused() -> None:
     assert [model.conv1.activation, model.conv2.activation, model.conv3.activation] == ["relu6", "relu", "leaky_relu"]
 
 
+def test_an_activation_module_that_is_called_again_and_again_is_fused_where_it_stands_behind_a_convolution() -> None:
+    model, stock = pair(SharedNet)
+    activations = [conv.activation for conv in (model.conv1, model.conv2, model.conv3, model.conv4)]
+    assert activations == ["relu6", "relu6", None, None]
+    done = [note.text for note in conversion_report(model).done if note.kind == "SharedNet"]
+    assert done == ["relu6 fused into conv1", "relu6 fused into conv2"]
+    assert list(model._modules) == list(stock._modules)
+
+
+def test_not_where_a_trained_norm_or_a_hook_is_between() -> None:
+    stock = with_statistics(SharedNet(), 16).double().eval()
+    model = convert(stock, "norm+last", example_input=X)
+    assert [model.conv1.activation, model.conv2.activation] == [None, "relu6"]
+    same_gradients(model, stock)
+    stock.act.register_forward_hook(lambda module, args, output: None)
+    assert type(convert(stock, "bias", example_input=X)) is SharedNet
+
+
+def test_the_relu_of_a_residual_block_stays_behind_the_sum() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.fc = Residual(3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.block(x).mean((2, 3)))
+
+    model, stock = pair(Net)
+    same_gradients(model, stock)
+    assert [model.block.conv1.activation, model.block.conv2.activation] == ["relu", None]
+    plain = to_torch(model)
+    assert type(plain.block) is Residual
+    assert not any(type(m).__module__.startswith("tinytl_kernels") for m in plain.modules())
+    same_gradients(plain, stock)
+
+
 def test_saved_bytes_are_bits() -> None:
     model, stock = pair(FusableNet)
     # Three masks of 8 channels (a byte a pixel), and the head's input.
@@ -94,7 +130,7 @@ def test_saved_bytes_are_bits() -> None:
     assert saved_bytes(lambda: stock(X), [*stock.parameters(), *stock.buffers()]) > 50 * bits
 
 
-@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet, SharedNet])
 def test_copies_and_pickles_compute_the_same(kind: type[nn.Module]) -> None:
     model, _ = pair(kind)
     file = io.BytesIO()
@@ -106,7 +142,7 @@ def test_copies_and_pickles_compute_the_same(kind: type[nn.Module]) -> None:
         assert str(conversion_report(other)) == str(conversion_report(model))
 
 
-@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet])
+@pytest.mark.parametrize("kind", [FunctionalNet, FusableNet, SharedNet])
 def test_compiles_without_graph_breaks(kind: type[nn.Module]) -> None:
     model, _ = pair(kind)
     expected = model(X)

@@ -1,4 +1,5 @@
-"""Modules whose own forward calls functional activations or pools: that forward is generated anew from its fx graph.
+"""Modules whose own forward calls functional activations or pools, or one activation module again and again (the
+``self.relu`` of torchvision's ResNet): that forward is generated anew from its fx graph.
 
 The instance gets a subclass of its own class, so that ``isinstance``, methods, attributes and names stay. Only the
 smallest enclosing module is touched. As with any code from an fx graph, plain Python attributes that forward reads
@@ -12,6 +13,7 @@ import functools
 import importlib
 import inspect
 import linecache
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,11 +21,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from tinytl_kernels.core.activations import LEAKY_SLOPE
-from tinytl_kernels.nn import FrozenConvBias
+from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE
+from tinytl_kernels.nn import FrozenConvBias, activation_name
 
 from .aliasing import safe_in_place
 from .functional import activation_call, lean_call, writes_in_place
+from .probe import looks_like_batchnorm, plain_activation, tampered
 from .trace import MODES, required_arguments, trace_shallow
 
 _ATTRIBUTE = "_tinytl_rewrite"
@@ -47,11 +50,18 @@ class Rewrite:
 
 
 def owners_of_functions(graphs: list[fx.Graph]) -> list[nn.Module]:
-    """Modules whose own forward calls something a lean operator can stand in for, in order of execution."""
+    """Modules whose own forward calls something that a lean operator can stand in for, or that a convolution can take
+    over although it is called elsewhere too; in order of execution."""
     owners: dict[nn.Module, None] = {}
     for graph in graphs:
+        calls = Counter(node.meta["module"] for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
-            if node.op in ("call_function", "call_method") and (lean_call(node) or activation_call(node)):
+            if node.op in ("call_function", "call_method"):
+                found = lean_call(node) or activation_call(node)
+            else:
+                shared = calls[node.meta.get("module")] > 1
+                found = shared and _activation_module(node) and _convolution_before(node, _is_going_to_be_identity)
+            if found:
                 owners.setdefault(node.meta["owner"])
     return list(owners)
 
@@ -131,12 +141,12 @@ def _fuse(
         targets = [node.target for node in graph.nodes if node.op == "call_module"]
         found[mode] = {}
         for node in graph.nodes:
-            known = activation_call(node) if node.op != "call_module" else None
-            path = _convolution_before(node) if known and known[1] == LEAKY_SLOPE else None
+            name = _activation_module(node) if node.op == "call_module" else _activation_function(node)
+            path = name and _convolution_before(node)
             if path and targets.count(path) == 1:
                 conv = module.get_submodule(path)
                 if type(conv) is FrozenConvBias and conv.activation is None and may_fuse(conv):
-                    found[mode][path] = (known[0], node)
+                    found[mode][path] = (name, node)
     fused: dict[str, str] = {}
     for path in {**found["train"], **found["eval"]}:
         names = {found[mode][path][0] if path in found[mode] else None for mode in MODES if _calls(graphs[mode], path)}
@@ -154,12 +164,37 @@ def _calls(graph: fx.Graph, path: str) -> bool:
     return any(node.op == "call_module" and node.target == path for node in graph.nodes)
 
 
-def _convolution_before(node: fx.Node) -> str | None:
+def _activation_function(node: fx.Node) -> str | None:
+    known = activation_call(node)
+    return known[0] if known and known[1] == LEAKY_SLOPE else None
+
+
+def _activation_module(node: fx.Node) -> str | None:
+    """The activation that a module called by ``node`` is, where one bit an element is enough for its derivative."""
+    module = node.meta.get("module")
+    if module is None or tampered(module) or node.kwargs or len(node.args) != 1:
+        return None
+    plain = plain_activation(module)
+    name = None if plain is None else activation_name(plain)
+    return name if name in BIT_MASK else None
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
+
+
+def _is_going_to_be_identity(module: nn.Module) -> bool:
+    return _is_identity(module) or looks_like_batchnorm(module)
+
+
+def _convolution_before(node: fx.Node, passes_on: Callable[[nn.Module], bool] = _is_identity) -> str | None:
+    """The name of the convolution that ``node`` alone reads, through modules that pass their input on."""
     source = node.args[0] if node.args else None
     while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
-        if isinstance(source.meta["module"], FrozenConvBias):
+        module = source.meta["module"]
+        if isinstance(module, nn.Conv2d):
             return source.target
-        if type(source.meta["module"]) is not nn.Identity:
+        if not passes_on(module):
             return None
         source = source.args[0]
     return None
