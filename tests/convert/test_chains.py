@@ -65,10 +65,10 @@ def test_a_convolution_read_twice_is_not_folded_into() -> None:
     assert (model.norm.groups, model.norm.kernel_size, model.norm.activation) == (3, (1, 1), "relu")
 
 
-def test_a_shared_activation_is_not_fused() -> None:
+def test_a_shared_activation_is_fused_where_a_convolution_is_before_it() -> None:
     model = converted(nn.Sequential(Residual(3), Residual(3)))
     assert type(model[0].relu) is tnn.ReLU
-    assert model[0].conv1.activation is None
+    assert (model[0].conv1.activation, model[0].conv2.activation) == ("relu", None)
     assert type(model[0].bn1) is nn.Identity
 
 

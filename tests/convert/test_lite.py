@@ -96,6 +96,49 @@ def test_odd_channels_and_strides() -> None:
     assert model[1].lite.final_bn.weight.grad.abs().sum() > 0
 
 
+def widths(model: nn.Module) -> list[tuple[int, int, int]]:
+    """(input channels, inner width, groups) of every branch."""
+    convs = [m.lite.conv1 for m in model.modules() if isinstance(m, LiteResidualBlock)]
+    return [(conv.in_channels, conv.out_channels, conv.groups) for conv in convs]
+
+
+def test_around_a_bottleneck_the_branch_is_as_wide_as_the_bottleneck() -> None:
+    model = convert(zoo_model("torchvision:resnet50"), "lite_residual", example_input=torch.randn(1, 3, 64, 64))
+    assert widths(model) == [
+        *[(64, 64, 2), (256, 64, 8), (256, 64, 8)],
+        *[(256, 128, 4), *[(512, 128, 8)] * 3],
+        *[(512, 256, 4), *[(1024, 256, 8)] * 5],
+        *[(1024, 512, 4), *[(2048, 512, 8)] * 2],
+    ]
+    blocks = [m for m in model.modules() if isinstance(m, LiteResidualBlock)]
+    sizes = [[sum(p.numel() for p in part.parameters()) for part in (b.lite, b.main)] for b in blocks]
+    assert all(lite <= 1.1 * main for lite, main in sizes), sizes
+
+
+def test_around_blocks_that_are_narrow_at_their_ends_it_is_the_papers() -> None:
+    for name in ("torchvision:mobilenet_v2", "torchvision:mnasnet1_0", "torchvision:resnet18"):
+        model = convert(zoo_model(name), "lite_residual", example_input=torch.randn(1, 3, 64, 64))
+        assert all((inner, groups) == (channels, 2) for channels, inner, groups in widths(model)), name
+
+
+def test_a_bottleneck_of_odd_widths() -> None:
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reduce = conv_norm(21, 9, nn.ReLU(), kernel_size=1, padding=0)
+            self.filter = conv_norm(9, 9, nn.ReLU())
+            self.widen = conv_norm(9, 21, kernel_size=1, padding=0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.widen(self.filter(self.reduce(x)))
+
+    stock = with_statistics(nn.Sequential(conv_norm(3, 21, nn.ReLU()), Bottleneck(), nn.Flatten(), nn.LazyLinear(4)), 9)
+    model = convert(stock, "lite_residual+bias", example_input=torch.randn(1, 3, 9, 9))
+    assert widths(model) == [(21, 16, 1)]
+    model.train()(torch.randn(2, 3, 9, 9)).sum().backward()
+    assert model[1].lite.final_bn.weight.grad.abs().sum() > 0
+
+
 def test_without_blocks_each_convolution_but_the_first_gets_one() -> None:
     stock = nn.Sequential(
         conv_norm(3, 8, nn.ReLU(inplace=True)),

@@ -32,7 +32,7 @@ GEOMETRIES = {
     "dilated": ((1, 8, 13, 12), (8, 8, 3, 3), 1, (2, 2, 2, 2), 2, 1),
     "stride beyond the kernel": ((2, 8, 11, 10), (16, 8, 2, 2), 5, (0, 0, 0, 0), 1, 1),
     "padding beyond the kernel": ((1, 8, 5, 5), (8, 8, 3, 3), 1, (4, 6, 5, 3), 1, 1),
-    # Where stock PyTorch crashes, with a bias in float32 and channels_last: the only column is 5, the taps see 0, 2, 4 ...
+    # Stock PyTorch crashes, with a bias in float32 and channels_last: the only column is 5, the taps see 0, 2, 4 ...
     "every window beside the image": ((2, 6, 3, 1), (112, 3, 3, 3), 2, (4, 4, 5, 5), 2, 2),
     "every window beside the image, TensorFlow SAME": ((3, 12, 8, 1), (50, 12, 1, 1), 2, (0, 0, 1, 2), 1, 1),
     "even kernel, padding same": ((2, 8, 7, 7), (8, 8, 4, 4), 1, (1, 2, 1, 2), 1, 1),

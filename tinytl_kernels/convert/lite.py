@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tinytl_kernels.nn import LiteResidual, LiteResidualBlock
+from tinytl_kernels.nn.lite_residual import make_divisible
 
 from .example import Capture, Shape
 from .report import Note
@@ -127,6 +128,25 @@ def branch_geometry(resolution: int) -> tuple[int, int | None]:
     return kernel, None if inside == 1 else 2
 
 
+def branch_width(module: nn.Module, channels: int) -> tuple[int, int]:
+    """Inner channels and groups of a lite residual around ``module``, whose input has ``channels`` channels.
+
+    The paper's branch is as wide as the block's input, in 2 groups: its blocks are narrow at their ends. Around a
+    bottleneck, which is narrow in its middle (ResNet's last: 2048, 512, 512, 2048), that branch would have a dozen
+    times the weights of the block. There it is as wide as the bottleneck, in so many more groups that its first
+    convolution has as many weights as the paper's around a block of that width.
+
+    Returns:
+        The inner width, and a number of groups that divides it and ``channels``.
+    """
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    inner = make_divisible(min([channels, *(min(conv.in_channels, conv.out_channels) for conv in convs)]))
+    for groups in (2 * max(1, round(channels / inner)), 2):
+        if channels % groups == 0 and inner % groups == 0:
+            return inner, groups
+    return inner, 1
+
+
 def branch_for(block: Block, resolution: int, norm, like: torch.Tensor) -> LiteResidual:
     """The lite residual of one block.
 
@@ -137,16 +157,18 @@ def branch_for(block: Block, resolution: int, norm, like: torch.Tensor) -> LiteR
         like: A tensor on the device and in the dtype to use.
 
     Returns:
-        The branch, with the geometry of :func:`branch_geometry`.
+        The branch, with the geometry of :func:`branch_geometry` and :func:`branch_width`.
     """
     kernel, downsample = branch_geometry(resolution)
     channels_in, channels_out = block.input[1], block.output[1]
+    inner, groups = branch_width(block.module, channels_in)
     lite = LiteResidual(
         channels_in,
         channels_out,
         stride=1 if downsample is None else block.stride,
         kernel_size=kernel,
-        groups=2 if channels_in % 2 == 0 else 1,
+        expand=inner / channels_in,
+        groups=groups,
         downsample=downsample,
         norm=norm,
     )
@@ -177,6 +199,8 @@ def add_branches(replace, blocks: list[Block], resolution_rule: str, norm, like:
         text = (
             f"{block.input[1]} -> {block.output[1]}, stride {block.stride}, {pooling}, {k}x{k}, resolution {resolution}"
         )
+        if (inner := lite.conv1.out_channels) < block.input[1]:
+            text += f", as wide as the bottleneck: {inner} in {lite.conv1.groups} groups"
         notes.append(Note(block.path, type(block.module).__name__, text))
     return notes
 

@@ -91,9 +91,7 @@ def _convolve(input, weight, bias, stride, padding, dilation, groups, layout) ->
 
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
-    sides = [
-        (input.size(2 + i), weight.size(2 + i), stride[i], padding[i], padding[i], dilation[i]) for i in range(2)
-    ]
+    sides = [(input.size(2 + i), weight.size(2 + i), stride[i], padding[i], padding[i], dilation[i]) for i in range(2)]
     if all(window_reaches(*side) for side in sides):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     # A dilated or strided window that lies beside a tiny image wherever it stands: there oneDNN crashes on the bias.
