@@ -109,6 +109,21 @@ def conv(
     return build
 
 
+def conv_add(size: Size, out_channels: int, kernel: int = 1) -> Callable[[torch.dtype, torch.device], Sample]:
+    """The last convolution of a residual block, its shortcut and the ReLU behind the sum."""
+
+    def build(dtype: torch.dtype, device: torch.device) -> Sample:
+        weight = _weight(out_channels, size[1], kernel, kernel, dtype=dtype, device=device)
+        shortcut = _image((size[0], out_channels, *size[2:]), dtype, device)
+
+        def function(x: Tensor, shortcut: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+            return ops.frozen_conv_add(x, shortcut, weight, bias, 1, kernel // 2, activation="relu")
+
+        return Sample(function, (_image(size, dtype, device), shortcut, _bias(out_channels, device)), (weight,))
+
+    return build
+
+
 def block(
     size: Size, out_channels: int, ratio: int = 6, kernel: int = 3, stride: int = 1, pooled: bool = False,
     activation: str | None = "relu6",
@@ -284,6 +299,8 @@ def cases(tiny: bool = False) -> Iterator[OperatorCase]:
     yield OperatorCase("pointwise, int8 weight", conv(size(4, 24, 14, 14), 40, 1, int8=True))
     yield OperatorCase("depthwise, int8 weight", conv(size(4, 24, 14, 14), 24, 3, groups=24, int8=True))
     yield OperatorCase("grouped, int8 weight", conv(size(4, 32, 14, 14), 32, 3, groups=2, int8=True))
+    yield OperatorCase("pointwise, shortcut", conv_add(size(4, 16, 14, 14), 64))
+    yield OperatorCase("dense, shortcut", conv_add(size(4, 16, 14, 14), 16, 3))
     yield OperatorCase("group norm", group_norm(size(4, 24, 14, 14), 3, None))
     yield OperatorCase("group norm, silu", group_norm(size(4, 96, 14, 14), 12, "silu"))
     yield OperatorCase("block", block(size(8, 16, 14, 14), 16))

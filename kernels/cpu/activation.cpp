@@ -1,6 +1,6 @@
 // One pass over a channels_last tensor, activation and bit mask in hand:
 //
-//     bias_activation_      x <- act(x + bias), mask          in place: the epilogue of a convolution done elsewhere
+//     bias_activation_      x <- act(x + bias + addend), mask    in place: the epilogue of a convolution done elsewhere
 //     activation_forward    y = act(x), mask
 //     activation_backward   g = bit ? pass dy : block dy,  dbias = sum g        (pass, block): relu, relu6 (1, 0),
 //                                                                    leaky_relu (1, slope), hardsigmoid (1/6, 0)
@@ -43,10 +43,19 @@ void with_any_activation(Activation activation, Body&& body) {
   }
 }
 
-// y = act(x + bias) over pixels [begin, end); x and y may be the same. bias: padded, or null; mask may be null.
+// y = act(x + bias + addend) over pixels [begin, end); x and y may be the same. bias: padded, or null; addend and mask
+// may be null.
 template <Activation A, class T>
 void forward_pixels(
-    const T* x, T* y, uint8_t* mask, const float* bias, float slope, int64_t channels, int64_t begin, int64_t end) {
+    const T* x,
+    T* y,
+    uint8_t* mask,
+    const float* bias,
+    const T* addend,
+    float slope,
+    int64_t channels,
+    int64_t begin,
+    int64_t end) {
   const int64_t stride = mask_bytes(channels);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     for (int64_t c = 0; c < channels; c += kGroup) {
@@ -57,6 +66,9 @@ void forward_pixels(
         group[v] = count > 0 ? load_channels(x + pixel * channels + at, count) : Vec(0.f);
         if (bias != nullptr) {
           group[v] = group[v] + Vec::loadu(bias + at);
+        }
+        if (addend != nullptr && count > 0) {
+          group[v] = group[v] + load_channels(addend + pixel * channels + at, count);
         }
       }
       uint8_t* bits = mask != nullptr ? mask + pixel * stride + c / 8 : nullptr;
@@ -144,7 +156,13 @@ void backward_pixels(
 }
 
 at::Tensor run_forward(
-    const at::Tensor& x, at::Tensor& y, const OptionalTensor& bias, Activation kind, double slope, bool needs_mask) {
+    const at::Tensor& x,
+    at::Tensor& y,
+    const OptionalTensor& bias,
+    const OptionalTensor& addend,
+    Activation kind,
+    double slope,
+    bool needs_mask) {
   const int64_t channels = x.size(1);
   const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
   at::Tensor mask =
@@ -152,15 +170,17 @@ at::Tensor run_forward(
   const at::Tensor padded = padded_bias(bias, channels, "bias");
   const float* values = padded.defined() ? padded.data_ptr<float>() : nullptr;
   uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const at::Tensor added = checked_addend(addend, x.sizes(), x.scalar_type());
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
     const int64_t tasks = pixel_tasks(pixels, channels);
     const T* from = x.data_ptr<T>();
+    const T* more = added.defined() ? added.data_ptr<T>() : nullptr;
     T* to = y.data_ptr<T>();
     with_any_activation(kind, [&](auto a) {
       parallel_tasks(tasks, [&](int64_t t) {
-        forward_pixels<a.value>(
-            from, to, bits, values, static_cast<float>(slope), channels, pixels * t / tasks, pixels * (t + 1) / tasks);
+        const int64_t begin = pixels * t / tasks, end = pixels * (t + 1) / tasks;
+        forward_pixels<a.value>(from, to, bits, values, more, static_cast<float>(slope), channels, begin, end);
       });
     });
   });
@@ -224,18 +244,23 @@ std::tuple<at::Tensor, at::Tensor> activation_forward(
   check_image(x, "input");
   const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor y = empty_tensor(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor mask = run_forward(input, y, {}, parse_activation(activation, true), negative_slope, needs_mask);
+  at::Tensor mask = run_forward(input, y, {}, {}, parse_activation(activation, true), negative_slope, needs_mask);
   return {y, mask};
 }
 
 at::Tensor bias_activation_(
-    at::Tensor& x, const OptionalTensor& bias, const std::string& activation, double negative_slope, bool needs_mask) {
+    at::Tensor& x,
+    const OptionalTensor& bias,
+    const OptionalTensor& addend,
+    const std::string& activation,
+    double negative_slope,
+    bool needs_mask) {
   check_image(x, "input");
   TORCH_CHECK(
       x.is_contiguous(at::MemoryFormat::ChannelsLast),
       "input: expected a channels_last tensor to work on in place, got strides ",
       x.strides());
-  return run_forward(x, x, bias, parse_activation(activation, true), negative_slope, needs_mask);
+  return run_forward(x, x, bias, addend, parse_activation(activation, true), negative_slope, needs_mask);
 }
 
 std::tuple<at::Tensor, at::Tensor> activation_backward(

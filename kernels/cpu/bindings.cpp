@@ -32,16 +32,16 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "activation_forward(Tensor x, str activation, float negative_slope, bool needs_mask) -> "
       "(Tensor out, Tensor mask)");
   m.def(
-      "bias_activation_(Tensor(a!) x, Tensor? bias, str activation, float negative_slope, bool needs_mask) -> "
-      "Tensor");
+      "bias_activation_(Tensor(a!) x, Tensor? bias, Tensor? addend, str activation, float negative_slope, "
+      "bool needs_mask) -> Tensor");
   m.def(
       "activation_backward(Tensor grad_output, Tensor mask, str activation, float negative_slope, bool need_input, "
       "bool need_bias) -> (Tensor grad_input, Tensor grad_bias)");
   m.def("coded_activation_forward(Tensor x, str activation, int zero, int steps) -> (Tensor out, Tensor codes)");
   m.def("coded_activation_backward(Tensor grad_output, Tensor codes, int zero, int steps) -> Tensor");
   m.def(
-      "pointwise_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int[2] stride, str activation, "
-      "bool needs_mask) -> (Tensor out, Tensor mask)");
+      "pointwise_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? addend, int[2] stride, "
+      "str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
   m.def(
       "pointwise_backward(Tensor grad_output, Tensor mask, Tensor weight, Tensor? weight_scale, int[4] input_size, "
       "int[2] stride, str activation, bool need_input, bool need_bias) -> (Tensor grad_input, Tensor grad_bias)");

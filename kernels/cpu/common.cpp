@@ -23,6 +23,14 @@ at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options)
   return at::empty_like(other, options);
 }
 
+at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at::ScalarType dtype) {
+  if (!addend.has_value() || !addend->defined()) {
+    return {};
+  }
+  check_size(*addend, "addend", size, dtype);
+  return addend->contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 Activation parse_activation(const std::string& name, bool stand_alone) {
   if (name == "none") {
     return Activation::none;

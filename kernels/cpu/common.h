@@ -22,6 +22,9 @@ at::Tensor empty_tensor(
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options = {});
 
+// What is added to a result of `size`, in channels_last; undefined where there is nothing to add.
+at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at::ScalarType dtype);
+
 // "none", "relu", "relu6"; with stand_alone also "leaky_relu" and "hardsigmoid".
 Activation parse_activation(const std::string& name, bool stand_alone = false);
 

@@ -5,6 +5,7 @@
 #include "bitmask.h"
 #include "vector.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -232,7 +233,7 @@ struct AddToTensor {
   }
 };
 
-// GEMM -> activation, mask bits -> tensor of T.
+// GEMM -> + addend -> activation, mask bits -> tensor of T.
 template <class T>
 struct ActivateToTensor {
   T* out;
@@ -240,15 +241,48 @@ struct ActivateToTensor {
   int64_t valid; // channels left from this panel's first on
   Activation activation;
   MaskRows<uint8_t> mask;
+  const T* addend = nullptr; // laid out as out; may be null
 
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
+    if (addend != nullptr) {
+      add(m0, sum);
+    }
     with_activation(activation, [&](auto a) TINYTL_LAMBDA_INLINE {
       activate_tile<a.value>(
           mask.at(m0, 0), mask.stride, mask.left(0), sum, [](int, const Vec(&)[VECS]) TINYTL_LAMBDA_INLINE {});
     });
     // What is left is an addition without addends.
     AddToTensor<T>{out, stride, valid}.template tile<ROWS, GROUPS>(m0, sum);
+  }
+
+  template <int ROWS, int VECS>
+  TINYTL_INLINE void add(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
+    alignas(64) float tails[ROWS * VECS * kLanes];
+    const bool whole = valid >= VECS * kLanes;
+    if (!whole) {
+      load_tails(m0, tails, ROWS, VECS);
+    }
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      TINYTL_UNROLL
+      for (int v = 0; v < VECS; ++v) {
+        sum[m][v] = sum[m][v] +
+            (whole ? load_channels(addend + (m0 + m) * stride + v * kLanes)
+                   : Vec::loadu(tails + (m * VECS + v) * kLanes));
+      }
+    }
+  }
+
+  // Not inlined: every tile would carry it.
+  __attribute__((noinline)) void load_tails(int64_t m0, float* values, int rows, int vecs) const {
+    for (int m = 0; m < rows; ++m) {
+      for (int v = 0; v < vecs; ++v, values += kLanes) {
+        const int64_t count = std::clamp<int64_t>(valid - v * kLanes, 0, kLanes);
+        const T* from = addend + (m0 + m) * stride + v * kLanes;
+        (count > 0 ? load_channels(from, count) : Vec(0.f)).store(values);
+      }
+    }
   }
 };
 

@@ -17,7 +17,12 @@ namespace tinytl::cpu {
 std::tuple<at::Tensor, at::Tensor> activation_forward( // (out, mask)
     const at::Tensor& x, const std::string& activation, double negative_slope, bool needs_mask);
 at::Tensor bias_activation_( // mask
-    at::Tensor& x, const OptionalTensor& bias, const std::string& activation, double negative_slope, bool needs_mask);
+    at::Tensor& x,
+    const OptionalTensor& bias,
+    const OptionalTensor& addend,
+    const std::string& activation,
+    double negative_slope,
+    bool needs_mask);
 std::tuple<at::Tensor, at::Tensor> activation_backward( // (grad_input, grad_bias)
     const at::Tensor& grad_output,
     const at::Tensor& mask,
@@ -54,12 +59,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward( // (grad_inp
     bool need_weight,
     bool need_bias);
 
-// pointwise.cpp: activation in {none, relu, relu6}.
+// pointwise.cpp: activation in {none, relu, relu6}; addend: as out, added before the activation.
 std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, mask)
     const at::Tensor& x,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
+    const OptionalTensor& addend,
     at::IntArrayRef stride,
     const std::string& activation,
     bool needs_mask);

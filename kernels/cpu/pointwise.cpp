@@ -1,6 +1,6 @@
 // Frozen 1x1 convolution with bias, activation and bit mask, and its backward:
 //
-//     y  = act(x W^T + b), mask            x (N, H, W, C_in), W (C_out, C_in), any stride, no padding
+//     y  = act(x W^T + b + addend), mask   x (N, H, W, C_in), W (C_out, C_in), any stride, no padding
 //     g  = mask ? dy : 0,  db = sum g,  dx = g W
 //
 // A task takes runs of pixels small enough to stay in cache. Forward reads x and writes y and the mask once. Backward
@@ -137,6 +137,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     const OptionalTensor& bias,
+    const OptionalTensor& addend,
     at::IntArrayRef stride,
     const std::string& activation,
     bool needs_mask) {
@@ -150,6 +151,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
   uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
   const at::Tensor padded = padded_bias(bias, s.out_channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
+  const at::Tensor added = checked_addend(addend, out.sizes(), x.scalar_type());
   const Panels panels(s.out_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
 
@@ -174,6 +176,9 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
           const int64_t start = panels.start(q);
           ActivateToTensor<T> epilogue{
               target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
+          if (added.defined()) {
+            epilogue.addend = added.data_ptr<T>() + begin * s.out_channels + start;
+          }
           if (bits != nullptr) {
             epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, s.out_channels - start};
           }

@@ -68,7 +68,7 @@ def test_a_convolution_read_twice_is_not_folded_into() -> None:
 def test_a_shared_activation_is_fused_where_a_convolution_is_before_it() -> None:
     model = converted(nn.Sequential(Residual(3), Residual(3)))
     assert type(model[0].relu) is tnn.ReLU
-    assert (model[0].conv1.activation, model[0].conv2.activation) == ("relu", None)
+    assert (model[0].conv1.activation, model[0].conv2.activation) == ("relu", "relu")  # behind the sum, the second
     assert type(model[0].bn1) is nn.Identity
 
 

@@ -13,12 +13,14 @@ import functools
 import importlib
 import inspect
 import linecache
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE
@@ -30,6 +32,9 @@ from .probe import looks_like_batchnorm, plain_activation, tampered
 from .trace import MODES, required_arguments, trace_shallow
 
 _ATTRIBUTE = "_tinytl_rewrite"
+# Methods by name.
+_IN_PLACE = {operator.iadd, "add_"}
+_ADDITIONS = {operator.add, torch.add, "add", *_IN_PLACE}
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,18 @@ class Rewrite:
 
 def owners_of_functions(graphs: list[fx.Graph]) -> list[nn.Module]:
     """Modules whose own forward calls something that a lean operator can stand in for, or that a convolution can take
-    over although it is called elsewhere too; in order of execution."""
+    over: an activation that is called elsewhere too, or a sum and the activation behind it; in order of execution."""
     owners: dict[nn.Module, None] = {}
     for graph in graphs:
         calls = Counter(node.meta["module"] for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
             if node.op in ("call_function", "call_method"):
                 found = lean_call(node) or activation_call(node)
-            else:
-                shared = calls[node.meta.get("module")] > 1
-                found = shared and _activation_module(node) and _convolution_before(node, _is_going_to_be_identity)
+            elif found := _activation_module(node) is not None:
+                shared = calls[node.meta["module"]] > 1
+                found = (shared and _convolution_before(node, _is_going_to_be_identity)) or _sum_before(
+                    node, _is_going_to_be_identity
+                )
             if found:
                 owners.setdefault(node.meta["owner"])
     return list(owners)
@@ -87,8 +94,10 @@ def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) ->
         return [], ["functional calls stay: its forward makes constant tensors"]
     done: dict[str, None] = {}
     kept: dict[str, None] = {}
-    fused = _fuse(module, graphs, may_fuse, kept)
-    done.update(dict.fromkeys(f"{name} fused into {path}" for path, name in fused.items()))
+    kinds = _fuse(module, graphs, may_fuse)
+    for path, (name, added) in kinds.items():
+        done[f"{'sum and ' if added else ''}{name} fused into {path}"] = None
+    fused = {path: name for path, (name, _) in kinds.items()}
     for graph in graphs.values():
         _replace_calls(graph, done, kept)
     if done:
@@ -131,33 +140,87 @@ def _exists(module: nn.Module, path: str) -> bool:
 
 
 def _fuse(
-    module: nn.Module, graphs: dict[str, fx.Graph], may_fuse: Callable[[nn.Module], bool], kept: dict[str, None]
-) -> dict[str, str]:
-    """Let convolutions take over the activation that alone reads them, where both modes agree; edits the graphs."""
+    module: nn.Module, graphs: dict[str, fx.Graph], may_fuse: Callable[[nn.Module], bool]
+) -> dict[str, tuple[str, bool]]:
+    """Let convolutions take over the activation that alone reads them, or their sum with something else, where both
+    modes agree; edits the graphs.
+
+    Returns:
+        By the convolution's name, the activation and whether something is added before it.
+    """
     if len(inspect.signature(type(module).forward).parameters) != len(required_arguments(type(module).forward)):
         return {}  # the original forward stays reachable, and would apply the activation again
-    found: dict[str, dict[str, tuple[str, fx.Node]]] = {}
+    found: dict[str, dict[str, _Fusion]] = {}
     for mode, graph in graphs.items():
         targets = [node.target for node in graph.nodes if node.op == "call_module"]
         found[mode] = {}
         for node in graph.nodes:
             name = _activation_module(node) if node.op == "call_module" else _activation_function(node)
-            path = name and _convolution_before(node)
-            if path and targets.count(path) == 1:
-                conv = module.get_submodule(path)
+            fusion = name and _fusion_into_convolution(node, name)
+            if fusion and targets.count(fusion.conv.target) == 1:
+                conv = module.get_submodule(fusion.conv.target)
                 if type(conv) is FrozenConvBias and conv.activation is None and may_fuse(conv):
-                    found[mode][path] = (name, node)
-    fused: dict[str, str] = {}
+                    found[mode][fusion.conv.target] = fusion
+    fused: dict[str, tuple[str, bool]] = {}
     for path in {**found["train"], **found["eval"]}:
-        names = {found[mode][path][0] if path in found[mode] else None for mode in MODES if _calls(graphs[mode], path)}
-        if len(names) == 1 and None not in names:
-            fused[path] = names.pop()
+        kinds = {
+            found[mode][path].kind if path in found[mode] else None for mode in MODES if _calls(graphs[mode], path)
+        }
+        if len(kinds) == 1 and None not in kinds:
+            fused[path] = kinds.pop()
             for mode in MODES:
                 if path in found[mode]:
-                    node = found[mode][path][1]
-                    node.replace_all_uses_with(node.args[0])
-                    graphs[mode].erase_node(node)
+                    found[mode][path].apply()
     return fused
+
+
+@dataclass
+class _Fusion:
+    """An activation that a convolution can take over.
+
+    Args:
+        name: The activation.
+        activation, conv: The calls.
+        sum: The addition between them, if there is one.
+        shortcut: Which of its two summands is not the convolution.
+    """
+
+    name: str
+    activation: fx.Node
+    conv: fx.Node
+    sum: fx.Node | None = None
+    shortcut: int = 1
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What has to be the same in training and in evaluation: the activation, and whether something is added."""
+        return self.name, self.sum is not None
+
+    def apply(self) -> None:
+        graph = self.activation.graph
+        if self.sum is None:
+            self.activation.replace_all_uses_with(self.activation.args[0])
+            graph.erase_node(self.activation)
+            return
+        # Called where the sum was: what is added may be made after the convolution's old place. The arguments are read
+        # now, for other fusions have put theirs in.
+        with graph.inserting_before(self.sum):
+            result = graph.call_module(self.conv.target, (self.conv.args[0], self.sum.args[self.shortcut]))
+        result.meta = dict(self.conv.meta)
+        self.activation.replace_all_uses_with(result)
+        unused = [self.activation, self.sum]
+        source = self.sum.args[1 - self.shortcut]
+        while source is not self.conv:  # identities
+            unused.append(source)
+            source = source.args[0]
+        for node in (*unused, self.conv):
+            graph.erase_node(node)
+
+
+def _fusion_into_convolution(node: fx.Node, name: str) -> _Fusion | None:
+    if conv := _convolution_before(node):
+        return _Fusion(name, node, conv)
+    return _Fusion(name, node, *found) if name in BIT_MASK and (found := _sum_before(node)) else None
 
 
 def _calls(graph: fx.Graph, path: str) -> bool:
@@ -187,13 +250,39 @@ def _is_going_to_be_identity(module: nn.Module) -> bool:
     return _is_identity(module) or looks_like_batchnorm(module)
 
 
-def _convolution_before(node: fx.Node, passes_on: Callable[[nn.Module], bool] = _is_identity) -> str | None:
-    """The name of the convolution that ``node`` alone reads, through modules that pass their input on."""
-    source = node.args[0] if node.args else None
+def _convolution_before(node: fx.Node, passes_on: Callable[[nn.Module], bool] = _is_identity) -> fx.Node | None:
+    """The call of the convolution that ``node`` alone reads, through modules that pass their input on."""
+    return _convolution_at(node.args[0] if node.args else None, passes_on)
+
+
+def _sum_before(
+    node: fx.Node, passes_on: Callable[[nn.Module], bool] = _is_identity
+) -> tuple[fx.Node, fx.Node, int] | None:
+    """(convolution, sum, which summand is the other one) if ``node`` alone reads the sum, and that the convolution."""
+    added = node.args[0] if node.args else None
+    if not (isinstance(added, fx.Node) and added.op in ("call_function", "call_method") and len(added.users) == 1):
+        return None
+    summands = added.args
+    if added.target not in _ADDITIONS or added.kwargs or len(summands) != 2:
+        return None
+    if not all(isinstance(summand, fx.Node) for summand in summands):
+        return None
+    # What an addition in place overwrites must be the convolution's.
+    for side in (0,) if added.target in _IN_PLACE else (0, 1):
+        conv = _convolution_at(summands[side], passes_on)
+        if conv is None or len(conv.args) != 1 or conv.kwargs or summands[0] is summands[1]:
+            continue
+        # Called later, it must find its input as it was: nobody else reads that, and so nobody overwrites it.
+        if isinstance(conv.args[0], fx.Node) and len(conv.args[0].users) == 1:
+            return conv, added, 1 - side
+    return None
+
+
+def _convolution_at(source: Any, passes_on: Callable[[nn.Module], bool]) -> fx.Node | None:
     while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
         module = source.meta["module"]
         if isinstance(module, nn.Conv2d):
-            return source.target
+            return source
         if not passes_on(module):
             return None
         source = source.args[0]
@@ -212,9 +301,8 @@ def _replace_calls(graph: fx.Graph, done: dict[str, None], kept: dict[str, None]
         if writes_in_place(node) and not safe_in_place(node):
             kept.setdefault(f"{_name(node)} overwrites a tensor that may be read again: left alone")
             continue
-        operator, arguments = lean
         with graph.inserting_before(node):
-            replacement = graph.call_function(operator, arguments)
+            replacement = graph.call_function(*lean)
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)

@@ -11,6 +11,7 @@ from tinytl_kernels.core.geometry import same_padding, tensorflow_same_padding
 from tinytl_kernels.nn.activation import activation_name
 from tinytl_kernels.nn.fold import AppliedConvolution, applied_convolution, fold_batch_norm
 from tinytl_kernels.nn.quantized import QuantizableWeight
+from tinytl_kernels.ops.frozen_conv import conv_output_size
 
 TENSORFLOW_SAME = "tf_same"
 
@@ -33,8 +34,12 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
         code_bits: None, or 8 to keep the derivative of a smooth activation in one byte an element instead of that
             value; gradients are then off by what :func:`tinytl_kernels.ops.activation` says. May be changed any time.
 
+    Called with two tensors, it adds the second to the convolution, before the activation: the shortcut of a residual
+    block, in one operator with its last convolution (:func:`tinytl_kernels.ops.frozen_conv_add`).
+
     Shape:
-        (N, C, H, W) or (C, H, W) in; (N, O, H', W') or (O, H', W') out, ``channels_last`` if input or weight is.
+        (N, C, H, W) or (C, H, W) in; (N, O, H', W') or (O, H', W') out, ``channels_last`` if input or weight is. The
+        shortcut: any that can be added to the output.
 
     Raises:
         RuntimeError: in forward, if the weight was set to require a gradient (``to_torch`` is the way back).
@@ -159,23 +164,40 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             frozen.bias = nn.Parameter(bias.clone())
         return frozen.train(conv.training)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
         self.refuse_trained_weight()
         if input.dim() not in (3, 4):
             raise ValueError(f"input: expected (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
         if input.dim() == 3:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
+            return self.forward(input.unsqueeze(0), shortcut).squeeze(0)
         padding = self.four_paddings(input)
         if self.padding_mode != "zeros":
             if any(padding):
                 input = ops.pad2d(input, padding, self.padding_mode)
             padding = (0, 0, 0, 0)
-        coded = self.code_bits is not None and self.activation in FULL_VALUE
-        output = ops.frozen_conv(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            None if coded else self.activation, weight_scale=self.weight_scale,
-        )  # fmt: skip
-        return ops.activation(output, self.activation, code_bits=self.code_bits) if coded else output
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        if shortcut is not None and self._fits(shortcut, input, padding):
+            return ops.frozen_conv_add(
+                input, shortcut, self.weight, self.bias, *geometry, self.activation, weight_scale=self.weight_scale
+            )
+        activation, alone = self.activation, None
+        if shortcut is not None or (self.code_bits is not None and activation in FULL_VALUE):
+            activation, alone = None, activation
+        output = ops.frozen_conv(input, self.weight, self.bias, *geometry, activation, weight_scale=self.weight_scale)
+        if shortcut is not None:
+            output = output + shortcut
+        return output if alone is None else ops.activation(output, alone, code_bits=self.code_bits)
+
+    def _fits(self, shortcut: Tensor, input: Tensor, padding: tuple[int, ...]) -> bool:
+        """Whether one operator adds ``shortcut``: not where it is broadcast or promoted, nor before an activation that
+        needs the sum for its derivative."""
+        sides = conv_output_size(input.shape, self.weight.shape, self.stride, padding, self.dilation)
+        return (
+            isinstance(shortcut, Tensor)
+            and shortcut.shape == (input.size(0), self.out_channels, *sides)
+            and shortcut.dtype == input.dtype
+            and self.activation not in FULL_VALUE
+        )
 
     def refuse_trained_weight(self) -> None:
         """Raise ``RuntimeError`` if somebody set the weight to require a gradient, which would never come."""

@@ -4,6 +4,7 @@ from tinytl_kernels.ops.activation import activation
 from tinytl_kernels.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
 from tinytl_kernels.ops.dropout import dropout
 from tinytl_kernels.ops.frozen_conv import frozen_conv
+from tinytl_kernels.ops.frozen_conv_add import frozen_conv_add
 from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
 from tinytl_kernels.ops.group_norm import group_norm_activation
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
@@ -22,6 +23,7 @@ __all__ = [
     "avg_pool2d",
     "dropout",
     "frozen_conv",
+    "frozen_conv_add",
     "frozen_inverted_residual",
     "frozen_inverted_residual_pooled",
     "group_norm_activation",

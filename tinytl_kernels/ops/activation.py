@@ -97,7 +97,7 @@ def _backward(ctx, grad_output, _grad_saved):
         # so, everything below would fall out of channels_last.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     (saved,) = ctx.saved_tensors
-    grad_input = _activation_backward(grad_output, saved, ctx.name, ctx.negative_slope)
+    grad_input = activation_backward(grad_output, saved, ctx.name, ctx.negative_slope)
     return grad_input, None, None, None, None
 
 
@@ -119,7 +119,7 @@ def _check_backward(grad_output, saved, name, negative_slope) -> None:
         raise ValueError(f"saved: expected shape {expected}, got {tuple(saved.shape)}")
 
 
-_activation_backward = define_operator(
+activation_backward = define_operator(
     # saved: the bit mask, or of a smooth activation uint8 codes, the input or (sigmoid) the output.
     "activation_backward(Tensor grad_output, Tensor saved, str name, float negative_slope) -> Tensor",
     check=_check_backward,

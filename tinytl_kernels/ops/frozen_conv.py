@@ -165,7 +165,7 @@ def _backward(ctx, grad_output, _grad_saved):
         raise no_second_derivative("frozen_conv")
     weight, saved, weight_scale = ctx.saved_tensors
     need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    grad_input, grad_bias = _frozen_conv_backward(
+    grad_input, grad_bias = frozen_conv_backward(
         grad_output,
         weight,
         saved,
@@ -242,7 +242,7 @@ def _fake_backward(
     return grad_input, grad_output.new_empty(weight.size(0) if need_bias else 0, dtype=accumulate)
 
 
-_frozen_conv_backward = define_operator(
+frozen_conv_backward = define_operator(
     # grad_bias is accumulated, and returned, in float32 (float64 for float64); what is not needed has no elements.
     "frozen_conv_backward(Tensor grad_output, Tensor weight, Tensor saved, SymInt[] input_size, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, bool channels_last, bool need_input,"

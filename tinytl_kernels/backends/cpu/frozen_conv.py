@@ -51,7 +51,7 @@ def frozen_conv(
     kernel = _kernel(weight, groups, padding, activation, input.dtype, weight.size(0) // groups, squares)
     if kernel == "pointwise":
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
-            channels_last(input), weight, weight_scale, bias, stride, _IN_KERNEL[activation], needs_mask
+            channels_last(input), weight, weight_scale, bias, None, stride, _IN_KERNEL[activation], needs_mask
         )
     elif kernel == "depthwise":
         output, mask = torch.ops.tinytl_cpu.depthwise_forward(
@@ -70,7 +70,24 @@ def frozen_conv(
         )
         mask = input.new_empty(0, dtype=torch.uint8)
         if activation is not None:
-            mask = torch.ops.tinytl_cpu.bias_activation_(output, None, activation, LEAKY_SLOPE, needs_mask)
+            mask = torch.ops.tinytl_cpu.bias_activation_(output, None, None, activation, LEAKY_SLOPE, needs_mask)
+    return in_layout(output, layout), mask
+
+
+def frozen_conv_add(
+    input: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
+    activation: str | None, needs_mask: bool, weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout = memory_format(input, weight)
+    if _is_pointwise(weight, groups, padding) and activation in _IN_KERNEL:
+        output, mask = torch.ops.tinytl_cpu.pointwise_forward(
+            channels_last(input), weight, weight_scale, bias, shortcut, stride, _IN_KERNEL[activation], needs_mask
+        )
+        return in_layout(output, layout), mask
+    output, mask = frozen_conv(
+        channels_last(input), weight, bias, stride, padding, dilation, groups, None, False, weight_scale
+    )
+    mask = torch.ops.tinytl_cpu.bias_activation_(output, None, shortcut, activation or "none", LEAKY_SLOPE, needs_mask)
     return in_layout(output, layout), mask
 
 
@@ -140,13 +157,17 @@ def _kernel(
     """Who computes a convolution whose results are ``width`` channels a group (backward: input channels)."""
     if activation not in _IN_KERNEL:
         return "onednn"
-    if groups == 1 and weight.shape[2:] == (1, 1) and not any(padding):
+    if _is_pointwise(weight, groups, padding):
         return "pointwise"
     if groups == weight.size(0) and weight.size(1) == 1:
         return "depthwise"
     if groups > 1 and width % 8:
         return "onednn"  # two groups would share a byte of the mask
     return "dense" if _dense_is_faster(weight, dtype, width, squares) else "onednn"
+
+
+def _is_pointwise(weight: Tensor, groups: int, padding) -> bool:
+    return groups == 1 and weight.shape[2:] == (1, 1) and not any(padding)
 
 
 def _in_squares(weight: Tensor, stride, dilation, terms: int, result: tuple[int, int, int]) -> bool:
@@ -217,4 +238,8 @@ def _onednn_lacks_bfloat16() -> bool:
 
 _ONEDNN_LACKS_BFLOAT16 = _onednn_lacks_bfloat16()
 
-OPERATORS = {"frozen_conv": frozen_conv, "frozen_conv_backward": frozen_conv_backward}
+OPERATORS = {
+    "frozen_conv": frozen_conv,
+    "frozen_conv_add": frozen_conv_add,
+    "frozen_conv_backward": frozen_conv_backward,
+}

@@ -47,6 +47,29 @@ def frozen_conv(
     return apply_activation_(output, activation), saved
 
 
+def frozen_conv_add(
+    input: Tensor,
+    shortcut: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    needs_mask: bool,
+    weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    layout = memory_format(input, weight)
+    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale).add_(shortcut)
+    mask = input.new_empty(0, dtype=torch.uint8)
+    if activation is None:
+        return output, mask
+    if needs_mask:
+        mask = activation_mask(output, activation)
+    return apply_activation_(output, activation), mask
+
+
 def convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale=None) -> Tensor:
     """Convolution and bias, in ``layout``; weight and bias are rounded to the dtype of ``input``."""
     bias = None if bias is None else bias.to(input.dtype)
@@ -174,4 +197,8 @@ def _output_padding(length, positions, kernel, stride, before, after, dilation) 
     return max(0, unreached - max(0, after - before))
 
 
-OPERATORS = {"frozen_conv": frozen_conv, "frozen_conv_backward": frozen_conv_backward}
+OPERATORS = {
+    "frozen_conv": frozen_conv,
+    "frozen_conv_add": frozen_conv_add,
+    "frozen_conv_backward": frozen_conv_backward,
+}

@@ -68,6 +68,30 @@ def frozen_conv(
     return output, saved
 
 
+@on_device
+def frozen_conv_add(
+    input: Tensor,
+    shortcut: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    needs_mask: bool,
+    weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum is a pass of its own, the activation another, both in place."""
+    output, _ = frozen_conv(input, weight, bias, stride, padding, dilation, groups, None, False, weight_scale)
+    output.add_(shortcut)
+    kind = saved_kind(activation, needs_mask)
+    mask = empty_saved(output, kind)
+    if activation is not None:
+        activate_into(output, None, activation, output, mask if kind != NOTHING else None)
+    return output, mask
+
+
 def _output_size(input_size, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
     top, bottom, left, right = padding
     return (
@@ -184,4 +208,8 @@ def _library_backward(
     return grad_input, add_up(sums, grad_output)
 
 
-OPERATORS = {"frozen_conv": frozen_conv, "frozen_conv_backward": frozen_conv_backward}
+OPERATORS = {
+    "frozen_conv": frozen_conv,
+    "frozen_conv_add": frozen_conv_add,
+    "frozen_conv_backward": frozen_conv_backward,
+}

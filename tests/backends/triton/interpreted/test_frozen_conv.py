@@ -61,6 +61,15 @@ def test_every_activation(geometry, activation):
     check(geometry, torch.float32, "channels_last", activation)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "hardsigmoid"])
+@pytest.mark.parametrize("geometry", [*ONE_OF_EACH, "pointwise, odd channels", "pointwise, stride 2"])
+def test_with_a_shortcut(geometry, activation):
+    size, weight_size, *shape = GEOMETRIES[geometry]
+    x, weight = image(size, torch.float16), numbers(*weight_size, dtype=torch.float16)
+    output, _ = OPERATORS["frozen_conv"](x, weight, None, *shape, None, False)
+    compare("frozen_conv_add", x, image(output.shape, torch.float16), weight, None, *shape, activation, True)
+
+
 @pytest.mark.parametrize("need", [(True, False), (False, True)], ids=["input only", "bias only"])
 @pytest.mark.parametrize("geometry", ONE_OF_EACH)
 def test_what_is_not_needed_has_no_elements(geometry, need):
