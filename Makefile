@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TRITON_TESTS := tests/backends/triton
+BESIDE := tests/backends/triton tests/convert
 
 .PHONY: help test asan capabilities neon demo bench aot gpu nsight lint format doctor clean
 
@@ -19,13 +19,14 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-# The interpreter of the GPU kernels is single-threaded: its tests run beside the others and are shown after them.
+# The interpreter of the GPU kernels is single-threaded, as conversion mostly is: they are tested beside the others and
+# shown after them.
 test: $(READY) ## lint and all tests (CPU; GPU tests run where a GPU is)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest $(TRITON_TESTS) > .triton-tests.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest tests --ignore $(TRITON_TESTS); others=$$?; \
-	wait $$beside; triton=$$?; cat .triton-tests.log; \
-	echo "exit status: tests $$others, $(TRITON_TESTS) $$triton"; [ $$others = 0 ] && [ $$triton = 0 ]
+	@$(BIN)/python -m pytest $(BESIDE) > .beside-tests.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests $(addprefix --ignore ,$(BESIDE)); others=$$?; \
+	wait $$beside; beside=$$?; cat .beside-tests.log; \
+	echo "exit status: tests $$others, $(BESIDE) $$beside"; [ $$others = 0 ] && [ $$beside = 0 ]
 
 asan: $(READY) ## tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m tests.backends.cpu.sanitized

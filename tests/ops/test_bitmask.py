@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tinytl_kernels.backends.reference import bitmask, slabs
 from tinytl_kernels.core.activations import mask_size
 
-SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(tuple)
+SIZES = st.lists(st.integers(1, 10), min_size=1, max_size=5).map(tuple)
 
 
 @given(size=SIZES, seed=st.integers(0, 2**31))
