@@ -10,6 +10,7 @@ from tests.checks import compare_with_torch, saved_bytes
 from tests.ops.test_frozen_conv import ACTIVATIONS, GEOMETRIES, LAYOUTS, make_case, stock
 from tinytl_kernels import ops
 from tinytl_kernels.core.activations import BIT_MASK
+from tinytl_kernels.nn import FrozenConvBias
 
 
 def shortcut_of(input, weight, bias, geometry):
@@ -105,8 +106,6 @@ def test_nan_and_inf_travel_as_in_pytorch(value):
 
 @pytest.mark.parametrize("code", ["int8", "kmeans"])
 def test_weights_in_8_bits(code):
-    from tinytl_kernels.nn import FrozenConvBias
-
     layer = FrozenConvBias(16, 24, 1, activation="relu").quantize_(code)
     x, y = torch.randn(2, 16, 5, 5), torch.randn(2, 24, 5, 5)
     torch.testing.assert_close(layer(x, y), F.relu(F.conv2d(x, layer.float_weight(), layer.bias) + y))

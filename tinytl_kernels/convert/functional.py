@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,16 @@ from tinytl_kernels import ops
 from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE
 
 _REQUIRED = object()
+
+# A string is a method of a tensor, anything else a function.
+IN_PLACE_ADDITIONS = {operator.iadd, "add_"}
+ADDITIONS = {operator.add, torch.add, "add", *IN_PLACE_ADDITIONS}
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether ``node`` adds two things, neither of them scaled."""
+    calls = node.op in ("call_function", "call_method")
+    return calls and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs
 
 
 def arguments_of(node: fx.Node, **defaults: Any) -> dict[str, Any] | None:

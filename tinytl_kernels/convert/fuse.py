@@ -9,22 +9,19 @@ with a block behind it.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Collection
 
-import torch
 from torch import fx, nn
 
 from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
 from tinytl_kernels.nn.fused_sequential import block_at, stem_at
 
+from .functional import is_addition
 from .probe import tampered
 from .report import ConversionReport, Note
 from .rewrite import Rewrite, generated_class, rewrite_of
 from .trace import trace_model
-
-_ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[str] = ()) -> None:
@@ -190,7 +187,7 @@ def _read(graph: fx.Graph) -> tuple | None:
                 return None
             convs.append(node.meta["module"])
             last = node
-        elif _is_addition(node) and not residual and convs:
+        elif is_addition(node) and not residual and convs:
             if {source(node.args[0]), source(node.args[1])} != {inputs[0], last}:
                 return None
             residual, last = True, node
@@ -208,10 +205,3 @@ def _passes_on(module: nn.Module) -> bool:
     return type(module).__name__ in ("DropPath", "StochasticDepth") and not (
         getattr(module, "drop_prob", None) or getattr(module, "p", None)
     )
-
-
-def _is_addition(node: fx.Node) -> bool:
-    plain = len(node.args) == 2 and not node.kwargs
-    if node.op == "call_function":
-        return plain and node.target in _ADDITIONS
-    return node.op == "call_method" and plain and node.target in ("add", "add_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +12,11 @@ from tinytl_kernels.nn import LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.lite_residual import make_divisible
 
 from .example import Capture, Shape
+from .functional import ADDITIONS
 from .report import Note
 from .trace import Flow
 
 PAPER_RESOLUTION = 128  # the authors' code assumes it at the first block, whatever the image's size
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 @dataclass
@@ -227,7 +226,7 @@ def _modules_that_add(flow: Flow) -> set[nn.Module]:
     return {
         node.meta["owner"]
         for node in nodes
-        if node.target in _ADDITIONS and len([a for a in node.args if isinstance(a, torch.fx.Node)]) == 2
+        if node.target in ADDITIONS and len([a for a in node.args if isinstance(a, torch.fx.Node)]) == 2
     }
 
 

@@ -13,28 +13,23 @@ import functools
 import importlib
 import inspect
 import linecache
-import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from tinytl_kernels.core.activations import BIT_MASK, LEAKY_SLOPE
 from tinytl_kernels.nn import FrozenConvBias, activation_name
 
 from .aliasing import safe_in_place
-from .functional import activation_call, lean_call, writes_in_place
+from .functional import IN_PLACE_ADDITIONS, activation_call, is_addition, lean_call, writes_in_place
 from .probe import looks_like_batchnorm, plain_activation, tampered
 from .trace import MODES, required_arguments, trace_shallow
 
 _ATTRIBUTE = "_tinytl_rewrite"
-# Methods by name.
-_IN_PLACE = {operator.iadd, "add_"}
-_ADDITIONS = {operator.add, torch.add, "add", *_IN_PLACE}
 
 
 @dataclass(frozen=True)
@@ -260,17 +255,15 @@ def _sum_before(
 ) -> tuple[fx.Node, fx.Node, int] | None:
     """(convolution, sum, which summand is the other one) if ``node`` alone reads the sum, and that the convolution."""
     added = node.args[0] if node.args else None
-    if not (isinstance(added, fx.Node) and added.op in ("call_function", "call_method") and len(added.users) == 1):
+    if not (isinstance(added, fx.Node) and is_addition(added) and len(added.users) == 1):
         return None
     summands = added.args
-    if added.target not in _ADDITIONS or added.kwargs or len(summands) != 2:
-        return None
-    if not all(isinstance(summand, fx.Node) for summand in summands):
+    if not all(isinstance(summand, fx.Node) for summand in summands) or summands[0] is summands[1]:
         return None
     # What an addition in place overwrites must be the convolution's.
-    for side in (0,) if added.target in _IN_PLACE else (0, 1):
+    for side in (0,) if added.target in IN_PLACE_ADDITIONS else (0, 1):
         conv = _convolution_at(summands[side], passes_on)
-        if conv is None or len(conv.args) != 1 or conv.kwargs or summands[0] is summands[1]:
+        if conv is None or len(conv.args) != 1 or conv.kwargs:
             continue
         # Called later, it must find its input as it was: nobody else reads that, and so nobody overwrites it.
         if isinstance(conv.args[0], fx.Node) and len(conv.args[0].users) == 1:

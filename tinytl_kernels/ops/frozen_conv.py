@@ -128,7 +128,7 @@ def conv_output_size(input_size, weight_size, stride, padding, dilation) -> tupl
     )
 
 
-def _fake(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None):
+def fake_conv(input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None):
     size = (input.size(0), weight.size(0), *conv_output_size(input.shape, weight.shape, stride, padding, dilation))
     output = input.new_empty(size).to(memory_format=memory_format(input, weight))
     if activation is None or not needs_saved:
@@ -138,7 +138,7 @@ def _fake(input, weight, bias, stride, padding, dilation, groups, activation, ne
     return output, torch.empty_like(output)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def keep_for_backward(ctx, inputs, output) -> None:
     input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale = inputs
     if weight.requires_grad or (weight_scale is not None and weight_scale.requires_grad):
         raise RuntimeError(
@@ -163,34 +163,33 @@ def _backward(ctx, grad_output, _grad_saved):
         # create_graph=True. The value before a smooth activation is kept as a number without history, so its part of a
         # second derivative could only be lost in silence.
         raise no_second_derivative("frozen_conv")
-    weight, saved, weight_scale = ctx.saved_tensors
     need_input, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_input, grad_bias = conv_gradients(ctx, grad_output, ctx.saved_tensors, ctx.activation, need_input, need_bias)
+    return (grad_input, None, grad_bias, *[None] * 7)
+
+
+def conv_gradients(
+    ctx, grad_output, kept, activation, need_input: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input and bias; None for what is not needed.
+
+    Args:
+        kept: The tensors of :func:`keep_for_backward`. Not read from ``ctx`` here: checkpointing allows that once.
+    """
+    weight, saved, weight_scale = kept
     grad_input, grad_bias = frozen_conv_backward(
-        grad_output,
-        weight,
-        saved,
-        ctx.input_size,
-        *ctx.geometry,
-        ctx.activation,
-        ctx.channels_last,
-        need_input,
-        need_bias,
+        grad_output, weight, saved, ctx.input_size, *ctx.geometry, activation, ctx.channels_last, need_input, need_bias,
         weight_scale,
-    )
-    return (
-        grad_input if need_input else None,
-        None,
-        grad_bias.to(ctx.bias_dtype) if need_bias else None,
-        *[None] * 7,
-    )
+    )  # fmt: skip
+    return grad_input if need_input else None, grad_bias.to(ctx.bias_dtype) if need_bias else None
 
 
 _frozen_conv = define_operator(
     "frozen_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
     " SymInt groups, str? activation, bool needs_saved, Tensor? weight_scale=None) -> (Tensor, Tensor)",
     check=check_conv,
-    fake=_fake,
-    setup_context=_setup_context,
+    fake=fake_conv,
+    setup_context=keep_for_backward,
     backward=_backward,
     cast=cast_input,
 )

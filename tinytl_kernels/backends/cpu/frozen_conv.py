@@ -76,18 +76,18 @@ def frozen_conv(
 
 def frozen_conv_add(
     input: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
-    activation: str | None, needs_mask: bool, weight_scale: Tensor | None = None,
+    activation: str | None, needs_saved: bool, weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout = memory_format(input, weight)
+    layout, input = memory_format(input, weight), channels_last(input)
     if _is_pointwise(weight, groups, padding) and activation in _IN_KERNEL:
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
-            channels_last(input), weight, weight_scale, bias, shortcut, stride, _IN_KERNEL[activation], needs_mask
+            input, weight, weight_scale, bias, shortcut, stride, _IN_KERNEL[activation], needs_saved
         )
-        return in_layout(output, layout), mask
-    output, mask = frozen_conv(
-        channels_last(input), weight, bias, stride, padding, dilation, groups, None, False, weight_scale
-    )
-    mask = torch.ops.tinytl_cpu.bias_activation_(output, None, shortcut, activation or "none", LEAKY_SLOPE, needs_mask)
+    else:
+        output, _ = frozen_conv(input, weight, bias, stride, padding, dilation, groups, None, False, weight_scale)
+        mask = torch.ops.tinytl_cpu.bias_activation_(
+            output, None, shortcut, activation or "none", LEAKY_SLOPE, needs_saved
+        )
     return in_layout(output, layout), mask
 
 

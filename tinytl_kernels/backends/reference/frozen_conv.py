@@ -38,13 +38,7 @@ def frozen_conv(
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(input, weight)
     output = convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale)
-    nothing = input.new_empty(0, dtype=torch.uint8)
-    if activation is None:
-        return output, nothing
-    if activation not in BIT_MASK:
-        return apply_smooth_activation(output, activation), output if needs_saved else nothing
-    saved = activation_mask(output, activation) if needs_saved else nothing
-    return apply_activation_(output, activation), saved
+    return _activated(output, activation, needs_saved)
 
 
 def frozen_conv_add(
@@ -57,17 +51,23 @@ def frozen_conv_add(
     dilation: Sequence[int],
     groups: int,
     activation: str | None,
-    needs_mask: bool,
+    needs_saved: bool,
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(input, weight)
-    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale).add_(shortcut)
-    mask = input.new_empty(0, dtype=torch.uint8)
+    output = convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale)
+    return _activated(output.add_(shortcut), activation, needs_saved)
+
+
+def _activated(output: Tensor, activation: str | None, needs_saved: bool) -> tuple[Tensor, Tensor]:
+    """The activation of ``output``, in place if it keeps bits, and what its derivative needs."""
+    nothing = output.new_empty(0, dtype=torch.uint8)
     if activation is None:
-        return output, mask
-    if needs_mask:
-        mask = activation_mask(output, activation)
-    return apply_activation_(output, activation), mask
+        return output, nothing
+    if activation not in BIT_MASK:
+        return apply_smooth_activation(output, activation), output if needs_saved else nothing
+    saved = activation_mask(output, activation) if needs_saved else nothing
+    return apply_activation_(output, activation), saved
 
 
 def convolve(input, weight, bias, stride, padding, dilation, groups, layout, weight_scale=None) -> Tensor:

@@ -79,13 +79,13 @@ def frozen_conv_add(
     dilation: Sequence[int],
     groups: int,
     activation: str | None,
-    needs_mask: bool,
+    needs_saved: bool,
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum is a pass of its own, the activation another, both in place."""
     output, _ = frozen_conv(input, weight, bias, stride, padding, dilation, groups, None, False, weight_scale)
     output.add_(shortcut)
-    kind = saved_kind(activation, needs_mask)
+    kind = saved_kind(activation, needs_saved)
     mask = empty_saved(output, kind)
     if activation is not None:
         activate_into(output, None, activation, output, mask if kind != NOTHING else None)
