@@ -161,12 +161,12 @@ def stem_block(size: Size, hidden: int, out_channels: int) -> Callable[[torch.dt
     def build(dtype: torch.dtype, device: torch.device) -> Sample:
         def function(b1, b2, b3, image, w1, w2, w3) -> Tensor:
             made = ops.stem_output(image, w1, 2, 1)
-            behind = (None, None, w2, b2, w3, b3, 1, 1, "relu6", False)
-            scales = dict.fromkeys(("expand_scale", "depthwise_scale", "project_scale"))
-            output = ops.stem_block(image, w1, b1, 2, 1, (made, *behind), scales)
+            convs = (None, None, w2, b2, w3, b3)
+            block = ops.Block(made, convs, (None, None, None), (1, 1), (1, 1, 1, 1), "relu6", False)
+            output = ops.stem_block(image, w1, b1, 2, 1, block)
             if output is None:
                 made = ops.frozen_conv(image, w1, b1, 2, 1, activation="relu6")
-                output = ops.frozen_inverted_residual(made, *behind)
+                output = ops.frozen_inverted_residual(*block._replace(image=made).arguments)
             return output
 
         shapes = (hidden, size[1], 3, 3), (hidden, 1, 3, 3), (out_channels, hidden, 1, 1)

@@ -417,58 +417,116 @@ void track(at::TensorList running, double momentum, const at::Tensor& statistics
   }
 }
 
-// A block and its lite residual: frozen_inverted_residual with its pooled input, lite_branch, upsample_add. Three nodes of
-// autograd's graph as they are from Python, so that what one has kept and made is freed before the next one runs.
-at::Tensor lite_residual_block(
+// The lists that the arguments of a chain come in, each read from its first element on.
+class ChainArguments {
+ public:
+  ChainArguments(
+      const c10::List<OptionalTensor>& tensors,
+      at::IntArrayRef numbers,
+      at::ArrayRef<double> reals,
+      const c10::List<std::string>& activations,
+      at::TensorList running)
+      : tensors_(tensors), numbers_(numbers), reals_(reals), activations_(activations), running_(running) {}
+
+  bool done() const {
+    return next_tensor_ == tensors_.size();
+  }
+  OptionalTensor optional() {
+    TORCH_CHECK(next_tensor_ < tensors_.size(), "tensors: expected more than ", tensors_.size());
+    return tensors_.get(next_tensor_++);
+  }
+  at::Tensor tensor() {
+    const OptionalTensor tensor = optional();
+    TORCH_CHECK(tensor.has_value(), "tensors: expected a weight, got None");
+    return *tensor;
+  }
+  at::IntArrayRef numbers(size_t count) {
+    return take(numbers_, count, "numbers");
+  }
+  int64_t number() {
+    return numbers(1)[0];
+  }
+  double real() {
+    return take(reals_, 1, "reals")[0];
+  }
+  std::string activation() {
+    TORCH_CHECK(next_activation_ < activations_.size(), "activations: expected more than ", activations_.size());
+    return activations_.get(next_activation_++);
+  }
+  at::TensorList running(size_t count) {
+    return take(running_, count, "running");
+  }
+
+ private:
+  template <class T>
+  static at::ArrayRef<T> take(at::ArrayRef<T>& list, size_t count, const char* name) {
+    TORCH_CHECK(list.size() >= count, name, ": expected more of them");
+    const at::ArrayRef<T> taken = list.slice(0, count);
+    list = list.slice(count);
+    return taken;
+  }
+
+  const c10::List<OptionalTensor>& tensors_;
+  at::IntArrayRef numbers_;
+  at::ArrayRef<double> reals_;
+  const c10::List<std::string>& activations_;
+  at::TensorList running_;
+  size_t next_tensor_ = 0, next_activation_ = 0;
+};
+
+// Blocks in a row, with or without lite residuals: of each frozen_inverted_residual and, with a branch, its pooled
+// input, lite_branch and upsample_add. They are the nodes of autograd's graph that they are from Python, so that what
+// one has kept and made is freed before the next one runs. backends/cpu/block_chain.py writes the lists.
+at::Tensor block_chain(
     const at::Tensor& input,
-    const OptionalTensor& expand_weight,
-    const OptionalTensor& expand_bias,
-    const at::Tensor& depthwise_weight,
-    const OptionalTensor& depthwise_bias,
-    const at::Tensor& project_weight,
-    const OptionalTensor& project_bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    const OptionalString& activation,
-    bool residual,
-    bool needs_masks,
-    const at::Tensor& weight1,
-    const OptionalTensor& norm_weight1,
-    const OptionalTensor& norm_bias1,
-    const OptionalTensor& running_mean1,
-    const OptionalTensor& running_var1,
-    const at::Tensor& weight2,
-    const OptionalTensor& norm_weight2,
-    const OptionalTensor& norm_bias2,
-    const OptionalTensor& running_mean2,
-    const OptionalTensor& running_var2,
-    int64_t branch_stride,
-    int64_t groups,
-    const std::string& branch_activation,
-    int64_t norm_groups1,
-    int64_t norm_groups2,
-    double eps1,
-    double eps2,
-    bool keep_conv,
-    const OptionalTensor& expand_scale,
-    const OptionalTensor& depthwise_scale,
-    const OptionalTensor& project_scale,
-    at::TensorList running1,
-    double momentum1,
-    at::TensorList running2,
-    double momentum2) {
-  variable_list block = FrozenInvertedResidual::apply(
-      input, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride,
-      padding, activation, residual, needs_masks, true, expand_scale, depthwise_scale, project_scale);
-  const variable_list branch = LiteBranch::apply(
-      block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
-      running_mean2, running_var2, branch_stride, groups, branch_activation, norm_groups1, norm_groups2, eps1, eps2,
-      keep_conv);
-  block[3].reset(); // a frozen branch does not keep it
-  const int64_t values = branch[0].numel() / branch[0].size(1);
-  track(running1, momentum1, branch[2], values);
-  track(running2, momentum2, branch[3], values);
-  return UpsampleAddInPlace::apply(block[0], branch[0]);
+    const c10::List<OptionalTensor>& tensors,
+    at::IntArrayRef numbers,
+    at::ArrayRef<double> reals,
+    const c10::List<std::string>& activations,
+    at::TensorList running) {
+  ChainArguments next(tensors, numbers, reals, activations, running);
+  at::Tensor output = input;
+  while (!next.done()) {
+    const auto expand_weight = next.optional(), expand_bias = next.optional();
+    const auto depthwise_weight = next.tensor();
+    const auto depthwise_bias = next.optional();
+    const auto project_weight = next.tensor();
+    const auto project_bias = next.optional();
+    const auto expand_scale = next.optional(), depthwise_scale = next.optional(), project_scale = next.optional();
+    const auto stride = next.numbers(2), padding = next.numbers(4);
+    const bool residual = next.number(), needs_masks = next.number(), has_branch = next.number();
+    variable_list block = FrozenInvertedResidual::apply(
+        output, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride,
+        padding, OptionalString(next.activation()), residual, needs_masks, has_branch, expand_scale, depthwise_scale,
+        project_scale);
+    if (!has_branch) {
+      output = std::move(block[0]);
+      continue;
+    }
+    const auto weight1 = next.tensor();
+    const auto norm_weight1 = next.optional(), norm_bias1 = next.optional();
+    const auto running_mean1 = next.optional(), running_var1 = next.optional();
+    const auto weight2 = next.tensor();
+    const auto norm_weight2 = next.optional(), norm_bias2 = next.optional();
+    const auto running_mean2 = next.optional(), running_var2 = next.optional();
+    const int64_t branch_stride = next.number(), groups = next.number();
+    const int64_t norm_groups1 = next.number(), norm_groups2 = next.number();
+    const bool keep_conv = next.number();
+    const double eps1 = next.real(), eps2 = next.real();
+    output.reset(); // autograd keeps what it needs of it
+    const variable_list branch = LiteBranch::apply(
+        block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
+        running_mean2, running_var2, branch_stride, groups, next.activation(), norm_groups1, norm_groups2, eps1, eps2,
+        keep_conv);
+    block[3].reset(); // a frozen branch does not keep it
+    const int64_t values = branch[0].numel() / branch[0].size(1);
+    for (const at::Tensor& statistics : {branch[2], branch[3]}) {
+      const double momentum = next.real();
+      track(next.running(next.number()), momentum, statistics, values);
+    }
+    output = UpsampleAddInPlace::apply(block[0], branch[0]);
+  }
+  return output;
 }
 
 // What torch.ops calls: the arguments of F::forward after its context.
@@ -512,15 +570,9 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
       TORCH_FN(Call<LiteBranch>::call));
   m.def(
-      "lite_residual_block(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
-      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int[2] stride, int[4] padding, "
-      "str? activation, bool residual, bool needs_masks, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, "
-      "Tensor? running_mean1, Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, "
-      "Tensor? running_mean2, Tensor? running_var2, int branch_stride, int groups, str branch_activation, "
-      "int norm_groups1, int norm_groups2, float eps1, float eps2, bool keep_conv, Tensor? expand_scale, "
-      "Tensor? depthwise_scale, Tensor? project_scale, Tensor(a!)[] running1, float momentum1, Tensor(b!)[] running2, "
-      "float momentum2) -> Tensor",
-      TORCH_FN((Kernel<&lite_residual_block>::call)));
+      "block_chain(Tensor input, Tensor?[] tensors, int[] numbers, float[] reals, str[] activations, "
+      "Tensor(a!)[] running) -> Tensor",
+      TORCH_FN(block_chain));
   m.def("upsample_add(Tensor main, Tensor branch) -> Tensor", TORCH_FN(Call<UpsampleAdd>::call));
 }
 

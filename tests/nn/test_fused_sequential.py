@@ -37,18 +37,23 @@ def layers() -> list[nn.Module]:
 
 
 def called(model: nn.Sequential, x: torch.Tensor) -> list[int]:
-    """The children that a forward calls."""
+    """The children that a forward calls; a Sequential among them where it calls something in it."""
     seen = []
     forward = nn.Module.__call__
 
     def call(module, *args, **kwargs):
-        seen.extend(i for i, child in enumerate(model) if child is module)
+        if not isinstance(module, nn.Sequential):  # they come with what is in them
+            seen.extend(i for i, child in enumerate(model) if module in _standing(child) and [i] != seen[-1:])
         return forward(module, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "__call__", call)
         model(x)
     return seen
+
+
+def _standing(child: nn.Module) -> list[nn.Module]:
+    return [m for c in child for m in _standing(c)] if isinstance(child, nn.Sequential) else [child]
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -146,14 +151,16 @@ def nested() -> FusedSequential:
 
 def test_a_stem_is_asked_for_with_the_block_behind_it(cpu_kernels):
     x = torch.randn(2, 3, 17, 15)
-    for model, alone in ((FusedSequential(*layers()), [0, 1, 9]), (nested(), [0, 1, 2, 3])):
+    # The stem by itself and the blocks in a row, or the stem with the first block and the second block by itself.
+    cases = [(FusedSequential(*layers()), 0, [0, 9], [9]), (nested(), (0, 0), [0], [3])]
+    for model, stem, alone, together in cases:
         model.to(memory_format=torch.channels_last)
-        together = [child for child in alone if child > 2]
+        stem = model[0][0] if isinstance(stem, tuple) else model[0]
         assert called(model, x) == together
         output = model(x)
-        model[0].register_forward_hook(listens_only(lambda *_: None))
+        stem.register_forward_hook(listens_only(lambda *_: None))
         assert called(model, x) == together
-        handle = model[0].register_forward_hook(lambda *_: None)
+        handle = stem.register_forward_hook(lambda *_: None)
         assert called(model, x) == alone
         torch.testing.assert_close(model(x), output, rtol=1e-5, atol=1e-6)
         handle.remove()
@@ -184,7 +191,11 @@ def test_what_is_no_stem_and_block(why, cpu_kernels):
         }
         model[0][0] = stems[why].to(memory_format=torch.channels_last)
         x = torch.randn(2, stems[why].in_channels, 17, 15)
-    assert called(model, x) == [0, 1, 2, 3]
+    assert called(model, x)[0] == 0
+    model[0][1].register_forward_hook(lambda *_: None)
+    alone = copy.deepcopy(model)
+    alone.fused = False
+    torch.testing.assert_close(model(x), alone(x), rtol=1e-5, atol=1e-6)
 
 
 class Flat(nn.Module):

@@ -2,8 +2,8 @@
 
 The block stays where it is, with its class, its names and its children: the instance gets a subclass of its own class
 and of :class:`~tinytl_kernels.nn.FrozenInvertedResidual`, whose forward is the operator. A block that is no module but
-a run of children of a longer ``nn.Sequential`` makes that a :class:`~tinytl_kernels.nn.FusedSequential`; so does a stem
-with a block behind it.
+a run of children of a longer ``nn.Sequential`` makes that a :class:`~tinytl_kernels.nn.FusedSequential`; so do a stem
+with a block behind it and blocks in a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
-from tinytl_kernels.nn.fused_sequential import block_at, stem_at
+from tinytl_kernels.nn.fused_sequential import block_at, chain_at, in_a_row, stem_at
 
 from .functional import is_addition
 from .probe import tampered
@@ -53,6 +53,7 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
         done.append(name)
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
     _join_stems(model, report, apart)
+    _join_chains(model, report)
 
 
 def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[str]) -> None:
@@ -68,6 +69,21 @@ def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[st
                 module.__class__ = FusedSequential
                 row = f"{prefix}{names[at]} to {names[after - 1]}"
                 report.done.append(Note(row, "Sequential", "stem and block in one call"))
+
+
+def _join_chains(model: nn.Module, report: ConversionReport) -> None:
+    """Compute blocks that stand in a row in one call, also those of neighbouring ``nn.Sequential`` modules."""
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Sequential, FusedSequential) or tampered(module):
+            continue
+        children, at, longest = in_a_row(module), 0, 0
+        while at < len(children):
+            chain = chain_at(children, at)
+            longest = max(longest, len(chain))
+            at = chain[-1][1] if chain else at + 1
+        if longest > 1:
+            module.__class__ = FusedSequential
+            report.done.append(Note(name, "Sequential", f"up to {longest} blocks in one call"))
 
 
 def _blocks_in_a_row(module: nn.Module, apart: Collection[str]) -> list[str]:

@@ -19,6 +19,14 @@ def check_companion(name: str, tensor: Tensor, input: Tensor) -> None:
     """
     if tensor.device != input.device:
         raise ValueError(f"{name}: expected on {input.device} as the input, got {tensor.device}")
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
+    if tensor.dtype != input.dtype and not (tensor.dtype == torch.float32 and input.dtype in _HALF):
         raise ValueError(f"{name}: expected dtype {input.dtype} as the input, got {tensor.dtype}")
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor``, called ``name``, is of that shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

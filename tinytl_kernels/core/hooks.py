@@ -14,6 +14,22 @@ def hooks_of(module: nn.Module) -> list[Callable]:
     return [hook for registry in _REGISTRIES for hook in getattr(module, registry).values()]
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks, also such that only listen, or a ``forward`` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_own_forward(module)
+    )
+
+
+def every_module_hooked() -> bool:
+    """Whether there are hooks that every call of any module runs."""
+    return any(getattr(nn.modules.module, f"_global{registry}") for registry in _REGISTRIES)
+
+
 def listens_only(hook: Callable) -> Callable:
     """Marks a hook that need not run for a layer that is computed with its neighbours: what measures a model must not
     change what it computes."""
@@ -28,4 +44,6 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody would notice that ``module`` is not called."""
-    return has_own_forward(module) or not all(getattr(hook, "listens_only", False) for hook in hooks_of(module))
+    return hooked(module) and (
+        has_own_forward(module) or not all(getattr(hook, "listens_only", False) for hook in hooks_of(module))
+    )

@@ -155,12 +155,12 @@ def check_weight(name: str, weight: Tensor, scale: Tensor | None, input: Tensor)
     Args:
         name: of ``weight``, for the message; ``scale`` is called ``{name without "_weight"}_scale``.
     """
-    scale_name = "weight_scale" if name == "weight" else name.replace("_weight", "_scale")
-    if weight.dtype not in CODE_OF_DTYPE:
-        if scale is not None:
-            raise ValueError(f"{scale_name}: expected None with a weight of dtype {weight.dtype}, got a tensor")
+    if scale is None and weight.dtype not in CODE_OF_DTYPE:
         check_companion(name, weight, input)
         return
+    scale_name = "weight_scale" if name == "weight" else name.replace("_weight", "_scale")
+    if weight.dtype not in CODE_OF_DTYPE:
+        raise ValueError(f"{scale_name}: expected None with a weight of dtype {weight.dtype}, got a tensor")
     length, what = (weight.size(0), "scale") if weight.dtype == torch.int8 else (CENTROIDS, "codebook")
     if scale is None:
         raise ValueError(f"{scale_name}: expected the {what} of a weight of dtype {weight.dtype}, got None")

@@ -208,7 +208,19 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
                 "gives."
             )
 
-    def four_paddings(self, input: Tensor) -> tuple[int, ...]:
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The frozen weight, the bias and the scale of a weight in 8 bits; raises as :meth:`refuse_trained_weight`."""
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" not in parameters or "bias" not in parameters or "weight_scale" not in buffers:
+            weight, bias, scale = self.weight, self.bias, self.weight_scale  # parametrised, or pruned
+        else:
+            # A small block computes for about as long as nn.Module.__getattr__ takes to find what its layers hold.
+            weight, bias, scale = parameters["weight"], parameters["bias"], buffers["weight_scale"]
+        if weight.requires_grad:
+            self.refuse_trained_weight()
+        return weight, bias, scale
+
+    def four_paddings(self, input: Tensor | ops.Described) -> tuple[int, ...]:
         """The padding of ``input`` as (top, bottom, left, right)."""
         if isinstance(self.padding, str):
             if self.padding == "valid":
@@ -217,7 +229,7 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
                 sides = (same_padding(k, d) for k, d in zip(self.kernel_size, self.dilation, strict=True))
             else:
                 sides = (
-                    tensorflow_same_padding(input.size(2 + i), self.kernel_size[i], self.stride[i], self.dilation[i])
+                    tensorflow_same_padding(input.shape[2 + i], self.kernel_size[i], self.stride[i], self.dilation[i])
                     for i in range(2)
                 )
             height, width = sides

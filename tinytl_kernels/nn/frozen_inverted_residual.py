@@ -109,16 +109,20 @@ class FrozenInvertedResidual(nn.Module):
         if not self.fused:
             output = self.project(self.depthwise(input if self.expand is None else self.expand(input)))
             return input + output if self.residual else output
-        arguments, scales = self._arguments(input)
-        return ops.frozen_inverted_residual(*arguments, **scales)
+        block = self._block(input)
+        return ops.frozen_inverted_residual(*block.arguments, **block.named_scales)
 
     def forward_with_pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """(output, 2x2 average pooling of the input): the port that a lite residual joins by."""
-        arguments, scales = self._arguments(input)
-        return ops.frozen_inverted_residual_pooled(*arguments, **scales)
+        block = self._block(input)
+        return ops.frozen_inverted_residual_pooled(*block.arguments, **block.named_scales)
 
-    def _arguments(self, input: Tensor) -> tuple[tuple, dict[str, Tensor | None]]:
-        return block_arguments(self.expand, self.depthwise, self.project, self.residual, input)
+    def chain_link(self, image: Tensor | ops.Described) -> ops.Block | None:
+        """What it is in a chain of blocks, for that input; None where it is not computed as one operator."""
+        return self._block(image) if self.fused else None
+
+    def _block(self, image: Tensor | ops.Described) -> ops.Block:
+        return block_of(self.expand, self.depthwise, self.project, self.residual, image)
 
     def quantize_(self, code: str = "int8") -> FrozenInvertedResidual:
         """Hold the three weights in 8 bits; see :meth:`FrozenConvBias.quantize_`. Returns the block itself."""
@@ -138,32 +142,30 @@ class FrozenInvertedResidual(nn.Module):
         return f"residual={self.residual}"
 
 
-def block_arguments(
-    expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias, residual: bool, input: Tensor
-) -> tuple[tuple, dict[str, Tensor | None]]:
-    """The arguments of :func:`tinytl_kernels.ops.frozen_inverted_residual`, by position and by name."""
-    for conv in (expand, depthwise, project):
-        if conv is not None:
-            conv.refuse_trained_weight()
-    arguments = (
-        input,
-        None if expand is None else expand.weight,
-        None if expand is None else expand.bias,
-        depthwise.weight,
-        depthwise.bias,
-        project.weight,
-        project.bias,
+def block_of(
+    expand: FrozenConvBias | None,
+    depthwise: FrozenConvBias,
+    project: FrozenConvBias,
+    residual: bool,
+    image: Tensor | ops.Described,
+) -> ops.Block:
+    """What these modules are to an operator, for that input.
+
+    Raises:
+        RuntimeError: as :meth:`FrozenConvBias.refuse_trained_weight`.
+    """
+    weight1, bias1, scale1 = (None, None, None) if expand is None else expand.operands()
+    weight2, bias2, scale2 = depthwise.operands()
+    weight3, bias3, scale3 = project.operands()
+    return ops.Block(
+        image,
+        (weight1, bias1, weight2, bias2, weight3, bias3),
+        (scale1, scale2, scale3),
         depthwise.stride,
-        depthwise.four_paddings(input),
+        depthwise.four_paddings(image),
         depthwise.activation,
         residual,
     )
-    scales = {
-        "expand_scale": None if expand is None else expand.weight_scale,
-        "depthwise_scale": depthwise.weight_scale,
-        "project_scale": project.weight_scale,
-    }
-    return arguments, scales
 
 
 def not_a_block(expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias) -> str | None:

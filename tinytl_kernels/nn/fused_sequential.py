@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from tinytl_kernels import ops
-from tinytl_kernels.core.hooks import watched
+from tinytl_kernels.core.hooks import every_module_hooked, hooked, watched
 from tinytl_kernels.nn.frozen_conv import FrozenConvBias
-from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual, block_arguments, not_a_block
+from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual, block_of, not_a_block
+from tinytl_kernels.nn.lite_residual import LiteResidualBlock
 
 # A convolution of so few channels is of an image.
 _IMAGE_CHANNELS = 4
@@ -21,12 +22,15 @@ class FusedSequential(nn.Sequential):
     * an optional 1x1 expansion, a depthwise convolution and a 1x1 projection as one
       :func:`tinytl_kernels.ops.frozen_inverted_residual`,
     * a stem (a dense convolution of an image, alone or in a ``Sequential``) and the block without expansion behind it
-      in one call, where the backend has one: what the stem makes never reaches memory then.
+      in one call, where the backend has one: what the stem makes never reaches memory then,
+    * blocks in a row, with or without lite residuals, in one call, where the backend has one: they compute what they
+      compute one by one, without the interpreter between them.
 
     Networks whose layers stand in one long ``Sequential`` (torchvision's MNASNet begins with a depthwise and a 1x1
     convolution) have no module that :class:`FrozenInvertedResidual` could take the place of. The children keep their
-    names and parameters; they are looked at in every forward, so that they can be replaced, sliced and deleted. With
-    the attribute ``fused`` set to False, and where one of them has a hook, they are called one after the other.
+    names and parameters, and a ``Sequential`` among them counts as its own children in its place; they are looked at in
+    every forward, so that they can be replaced, sliced and deleted. With the attribute ``fused`` set to False, and
+    where one of them has a hook, they are called one after the other.
 
     Example:
         >>> import torch, tinytl_kernels as tk
@@ -38,40 +42,95 @@ class FusedSequential(nn.Sequential):
     fused = True
 
     def forward(self, input):
-        children = list(self._modules.values())
-        at = 0
+        if not self.fused or every_module_hooked():
+            return super().forward(input)
+        children = in_a_row(self)
+        at = looked_at = 0  # a chain that was refused is not looked at again from its second block on
         while at < len(children):
-            output, after = self._together(children, at, input)
+            output = None
+            if isinstance(input, Tensor) and input.dim() == 4:
+                output, after = _stem_and_block(children, at, input)
+                if output is None and at >= looked_at:
+                    output, after = _chain(children, at, input)
+                    looked_at = after
+                if output is None:
+                    output, after = _block(children, at, input)
             if output is None:
                 output, after = children[at](input), at + 1
             input, at = output, after
         return input
 
-    def _together(self, children: Sequence[nn.Module], at: int, input) -> tuple[Tensor | None, int]:
-        """What the children from ``at`` on make of ``input``, and the index of the one behind them; None and ``at``
-        where they are to be called one after the other."""
-        if not (self.fused and isinstance(input, Tensor) and input.dim() == 4):
-            return None, at
-        stem, *convs, after = stem_at(children, at)
-        if stem is not None and (output := _stem_block(stem, *convs, input)) is not None:
-            return output, after
-        block, after = block_at(children, at)
+
+def in_a_row(sequential: nn.Sequential) -> list[nn.Module]:
+    """The children of ``sequential``; in the place of a ``Sequential`` among them that nobody watches, its own."""
+    children = []
+    for child in sequential._modules.values():
+        plain = type(child) is nn.Sequential or (type(child) is FusedSequential and child.fused)
+        children += in_a_row(child) if plain and not hooked(child) else (child,)
+    return children
+
+
+def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
+    """What a stem and a block that begin at ``children[at]`` make of ``image``, and the index of the child behind them;
+    None where they are not computed in one call. So do the two functions below."""
+    stem, *convs, after = stem_at(children, at)
+    return (None, at) if stem is None else (_stem_block(stem, *convs, image), after)
+
+
+def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
+    if not ops.offers_block_chain(image):
+        return None, len(children)
+    blocks, before = [], image
+    for block, after in chain_at(children, at):
+        block = block_of(*block, False, before) if isinstance(block, tuple) else block.chain_link(before)
         if block is None:
-            return None, at
-        arguments, scales = block_arguments(*block, False, input)
-        return ops.frozen_inverted_residual(*arguments, **scales), after
+            break
+        blocks.append(block)
+        before, at = ops.block_output(block), after
+    return ops.block_chain(image, blocks) if len(blocks) > 1 else None, at
+
+
+def _block(children: Sequence[nn.Module], at: int, input: Tensor) -> tuple[Tensor | None, int]:
+    block, after = block_at(children, at)
+    if block is None:
+        return None, at
+    block = block_of(*block, False, input)
+    return ops.frozen_inverted_residual(*block.arguments, **block.named_scales), after
 
 
 def _stem_block(
     stem: FrozenConvBias, depthwise: FrozenConvBias, project: FrozenConvBias, image: Tensor
 ) -> Tensor | None:
-    stem.refuse_trained_weight()
+    weight, bias, scale = stem.operands()
     padding = stem.four_paddings(image)
-    made = ops.stem_output(image, stem.weight, stem.stride, padding)
-    block, scales = block_arguments(None, depthwise, project, False, made)
-    return ops.stem_block(
-        image, stem.weight, stem.bias, stem.stride, padding, block, scales, weight_scale=stem.weight_scale
-    )
+    block = block_of(None, depthwise, project, False, ops.stem_output(image, weight, stem.stride, padding))
+    return ops.stem_block(image, weight, bias, stem.stride, padding, block, weight_scale=scale)
+
+
+_CHAINED = (FrozenInvertedResidual.forward, LiteResidualBlock.forward)
+
+
+def chain_at(children: Sequence[nn.Module], at: int) -> list[tuple[nn.Module | tuple, int]]:
+    """The blocks that stand in a row from ``children[at]`` on.
+
+    Returns:
+        For each the module, or its (expand or None, depthwise, project), and the index of the child behind it.
+    """
+    chain = []
+    while at < len(children):
+        child = children[at]
+        if type(child) is nn.Identity and not hooked(child):
+            at += 1
+            continue
+        if type(child).forward in _CHAINED and not hooked(child):
+            block, after = child, at + 1
+        else:
+            block, after = block_at(children, at)
+        if block is None:
+            break
+        chain.append((block, after))
+        at = after
+    return chain
 
 
 def block_at(children: Sequence[nn.Module], at: int) -> tuple[tuple | None, int]:

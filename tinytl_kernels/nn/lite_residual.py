@@ -136,11 +136,11 @@ class LiteResidual(nn.Module):
         return children["conv1"], children["bn1"], children["act"], children["conv2"], children["final_bn"]
 
     def _one_operator(self, pooled: Tensor) -> Tensor:
-        output, *statistics = ops.lite_branch(pooled, *self._operands())
+        output, *statistics = ops.lite_branch(pooled, *self._as_branch().operands)
         _update_running_statistics((self.bn1, self.final_bn), statistics, output.numel() // output.size(1))
         return output
 
-    def _operands(self) -> ops.Branch:
+    def _as_branch(self, *running: ops.Running) -> ops.Branch:
         conv1, norm1, act, conv2, norm2 = self._children()
         return ops.Branch(
             conv1._parameters["weight"],
@@ -151,20 +151,24 @@ class LiteResidual(nn.Module):
             conv1.groups,
             _ACTIVATION_NAMES[type(act)],
             not self.recompute,
+            *running,
         )
 
-    def _is_one_operator(self, image: Tensor, downsampled: int = 1) -> bool:
+    def _is_one_operator(self, image: Tensor | ops.Described, downsampled: int = 1) -> bool:
         """Whether the operator computes what the children would, which may have been replaced since, for ``image``
         pooled by ``downsampled``."""
         conv1, norm1, act, conv2, norm2 = self._children()
-        norms = (norm1, norm2)
-        if (
-            any(type(conv) is not nn.Conv2d or conv.bias is not None for conv in (conv1, conv2))
-            or any(type(norm) not in (nn.BatchNorm2d, nn.GroupNorm) for norm in norms)
-            # Pruning and weight_norm compute the weight in a hook.
-            or any(module._parameters.get("weight") is None for module in (conv1, conv2, *norms))
-            or type(act) not in _ACTIVATION_NAMES
+        if not (
+            type(conv1) is nn.Conv2d
+            and type(conv2) is nn.Conv2d
+            and type(norm1) in (nn.BatchNorm2d, nn.GroupNorm)
+            and type(norm2) in (nn.BatchNorm2d, nn.GroupNorm)
+            and type(act) in _ACTIVATION_NAMES
         ):
+            return False
+        held = [module._parameters for module in (conv1, conv2, norm1, norm2)]
+        # Pruning and weight_norm compute the weight in a hook.
+        if any(p.get("weight") is None for p in held) or any(p["bias"] is not None for p in held[:2]):
             return False
         k, stride = conv1.kernel_size[0], conv1.stride[0]
         if (
@@ -174,17 +178,18 @@ class LiteResidual(nn.Module):
         ):
             return False
         # PyTorch's own errors name what does not fit, and what cannot be normalised.
-        if image.dim() != 4 or image.size(1) != conv1.in_channels:
+        if len(image.shape) != 4 or image.shape[1] != conv1.in_channels:
             return False
         batch, _, height, width = image.shape
         height, width = height // downsampled, width // downsampled
         if 0 in (batch, height, width):
             return False
         # In this order: the meta device knows no autocast.
-        dtypes = {conv._parameters["weight"].dtype for conv in (conv1, conv2)}
-        same = dtypes == {image.dtype} or torch.is_autocast_enabled(image.device.type)
+        same = held[0]["weight"].dtype == held[1]["weight"].dtype == image.dtype
+        if not (same or torch.is_autocast_enabled(image.device.type)):
+            return False
         one_pixel = batch == 1 and max(height, width) <= stride
-        return same and not (one_pixel and any(map(_normalises_channels, norms)))
+        return not (one_pixel and any(map(_normalises_channels, (norm1, norm2))))
 
     def _branch(self, pooled: Tensor) -> Tensor:
         return self._after_conv1(self.conv1(pooled))
@@ -240,12 +245,11 @@ def _running(norm: nn.BatchNorm2d | nn.GroupNorm) -> ops.Running | None:
     """The statistics that a batch is counted in, or None where one call cannot count it."""
     if isinstance(norm, nn.GroupNorm) or not (norm.training and norm.track_running_stats):
         return ops.Running()
-    buffers = norm._buffers
-    statistics = [buffers["running_mean"], buffers["running_var"]]
-    if norm.momentum is None or any(s is None or s.dtype != torch.float32 for s in statistics):
+    buffers, momentum = norm._buffers, norm.momentum
+    mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    if momentum is None or mean is None or var is None or not mean.dtype == var.dtype == torch.float32:
         return None
-    counter = buffers["num_batches_tracked"]
-    return ops.Running(statistics if counter is None else [*statistics, counter], norm.momentum)
+    return ops.Running([mean, var] if counter is None else [mean, var, counter], momentum)
 
 
 def _update_running_statistics(norms: tuple[nn.Module, ...], statistics: list[Tensor], values: int) -> None:
@@ -301,8 +305,10 @@ class LiteResidualBlock(nn.Module):
         self.lite = lite
 
     def forward(self, input: Tensor) -> Tensor:
-        if (output := self._in_one_call(input)) is not None:
-            return output
+        if ops.offers_block_chain(input) and (link := self.chain_link(input)) is not None:
+            output = ops.block_chain(input, [link])
+            if output is not None:
+                return output
         after_pooling = self._after_pooling()
         if after_pooling is None:
             output = self.main(input)
@@ -312,22 +318,22 @@ class LiteResidualBlock(nn.Module):
         del pooled  # a frozen branch does not need it any more, and the sum is the widest moment
         return ops.upsample_add(output, branch)
 
-    def _in_one_call(self, input: Tensor) -> Tensor | None:
-        """The sum where a backend computes all of it in one call, else None."""
-        main, lite = self.main, self.lite
+    def chain_link(self, image: Tensor | ops.Described) -> ops.Block | None:
+        """What it is in a chain of blocks, for that input; None where no chain computes it."""
+        main, lite = self._modules["main"], self._modules["lite"]
         # A class derived from these two may compute something else.
         if (
             getattr(type(main), "forward_with_pooled", None) is not FrozenInvertedResidual.forward_with_pooled
             or getattr(type(lite), "forward_pooled", None) is not LiteResidual.forward_pooled
         ):
             return None
-        if not (main.fused and lite.fused and lite.downsample == 2 and lite._is_one_operator(input, 2)):
+        if not (main.fused and lite.fused and lite.downsample == 2 and lite._is_one_operator(image, 2)):
             return None
-        running1, running2 = _running(lite.bn1), _running(lite.final_bn)
+        _, norm1, _, _, norm2 = lite._children()
+        running1, running2 = _running(norm1), _running(norm2)
         if running1 is None or running2 is None:
             return None
-        block, scales = main._arguments(input)
-        return ops.lite_residual_block(block, scales, lite._operands(), running1, running2)
+        return main._block(image)._replace(branch=lite._as_branch(running1, running2))
 
     def _after_pooling(self) -> Callable[[Tensor], Tensor] | None:
         """The branch without its pooling, where the fused block averages its input 2 x 2 while it streams it anyway."""

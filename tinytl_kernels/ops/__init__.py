@@ -2,25 +2,30 @@
 
 from tinytl_kernels.ops.activation import activation
 from tinytl_kernels.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
+from tinytl_kernels.ops.block import Block, Branch, Described, Running
+from tinytl_kernels.ops.block_chain import block_chain, block_output, offers_block_chain
 from tinytl_kernels.ops.dropout import dropout
 from tinytl_kernels.ops.frozen_conv import frozen_conv
 from tinytl_kernels.ops.frozen_conv_add import frozen_conv_add
 from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
 from tinytl_kernels.ops.group_norm import group_norm_activation
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
-from tinytl_kernels.ops.lite_residual_block import Branch, Running, lite_residual_block
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.pad import pad2d
 from tinytl_kernels.ops.stem_block import stem_block, stem_output
 from tinytl_kernels.ops.upsample_add import upsample_add
 
 __all__ = [
+    "Block",
     "Branch",
+    "Described",
     "Norm",
     "Running",
     "activation",
     "adaptive_avg_pool2d",
     "avg_pool2d",
+    "block_chain",
+    "block_output",
     "dropout",
     "frozen_conv",
     "frozen_conv_add",
@@ -28,8 +33,8 @@ __all__ = [
     "frozen_inverted_residual_pooled",
     "group_norm_activation",
     "lite_branch",
-    "lite_residual_block",
     "max_pool2d",
+    "offers_block_chain",
     "pad2d",
     "stem_block",
     "stem_output",

@@ -75,7 +75,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size) -> Tensor:
 
 def check_image(input: Tensor) -> None:
     """Raise ``ValueError`` unless ``input`` is (N, C, H, W) in a floating point dtype."""
-    if input.dim() != 4 or not input.is_floating_point():
+    if len(input.shape) != 4 or not input.dtype.is_floating_point:
         raise ValueError(f"input: expected (N, C, H, W), floating point, got {tuple(input.shape)}, {input.dtype}")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import BIT_MASK, mask_size
-from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion, check_shape
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.core.quantization import check_weight
@@ -127,45 +127,44 @@ def check_block(
     check_image(input)
     if activation is not None and activation not in BIT_MASK:
         raise ValueError(f"activation: expected None or one of {', '.join(map(repr, BIT_MASK))}, got {activation!r}")
-    hidden = depthwise_weight.size(0)
-    channels = input.size(1)
-    expected = {"depthwise_weight": (depthwise_weight, (hidden, 1, *depthwise_weight.shape[2:]))}
-    expected["project_weight"] = (project_weight, (project_weight.size(0), hidden, 1, 1))
-    if expand_weight is not None:
-        expected["expand_weight"] = (expand_weight, (hidden, channels, 1, 1))
-    elif channels != hidden:
-        raise ValueError(f"depthwise_weight: without expand_weight expected {channels} channels, got {hidden}")
-    elif expand_bias is not None or expand_scale is not None:
-        name = "expand_bias" if expand_bias is not None else "expand_scale"
-        raise ValueError(f"{name}: expected None as there is no expand_weight")
-    biases = {"expand_bias": (expand_bias, hidden), "depthwise_bias": (depthwise_bias, hidden)}
-    biases["project_bias"] = (project_bias, project_weight.size(0))
-    for name, (bias, size) in biases.items():
+    channels, hidden, out = input.shape[1], depthwise_weight.shape[0], project_weight.shape[0]
+    if expand_weight is None:
+        if channels != hidden:
+            raise ValueError(f"depthwise_weight: without expand_weight expected {channels} channels, got {hidden}")
+        if expand_bias is not None or expand_scale is not None:
+            name = "expand_bias" if expand_bias is not None else "expand_scale"
+            raise ValueError(f"{name}: expected None as there is no expand_weight")
+    for name, weight, shape, scale in (
+        ("depthwise_weight", depthwise_weight, (hidden, 1, *depthwise_weight.shape[2:]), depthwise_scale),
+        ("project_weight", project_weight, (out, hidden, 1, 1), project_scale),
+        ("expand_weight", expand_weight, (hidden, channels, 1, 1), expand_scale),
+    ):
+        if weight is not None:
+            check_shape(name, weight, shape)
+            check_weight(name, weight, scale, input)
+    for name, bias, size in (
+        ("expand_bias", expand_bias, hidden),
+        ("depthwise_bias", depthwise_bias, hidden),
+        ("project_bias", project_bias, out),
+    ):
         if bias is not None:
-            expected[name] = (bias, (size,))
-    scales = {"expand_weight": expand_scale, "depthwise_weight": depthwise_scale, "project_weight": project_scale}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if name in scales:
-            check_weight(name, tensor, scales[name], input)
-        else:
-            check_companion(name, tensor, input)
-    if len(stride) != 2 or len(padding) != 4 or any(s < 1 for s in stride) or any(p < 0 for p in padding):
+            check_shape(name, bias, (size,))
+            check_companion(name, bias, input)
+    if len(stride) != 2 or len(padding) != 4 or min(stride) < 1 or min(padding) < 0:
         raise ValueError(f"stride, padding: expected 2 and 4 numbers, got {tuple(stride)}, {tuple(padding)}")
-    height, width = _output_size(input.shape, depthwise_weight.shape, stride, padding)
+    height, width = block_output_size(input.shape, depthwise_weight.shape, stride, padding)
     if height < 1 or width < 1:
         raise ValueError(f"input: {tuple(input.shape[2:])} is smaller than the kernel")
-    if residual and (input.size(1), *input.shape[2:]) != (project_weight.size(0), height, width):
+    if residual and input.shape[1:] != (out, height, width):
         raise ValueError(
-            f"residual: the input {tuple(input.shape[1:])} cannot be added to the output "
-            f"{(project_weight.size(0), height, width)}"
+            f"residual: the input {tuple(input.shape[1:])} cannot be added to the output {(out, height, width)}"
         )
-    if want_pooled and (input.size(2) < 2 or input.size(3) < 2):
+    if want_pooled and (input.shape[2] < 2 or input.shape[3] < 2):
         raise ValueError(f"input: expected at least 2 x 2 pixels to pool, got {tuple(input.shape[2:])}")
 
 
-def _output_size(input_size, depthwise_size, stride, padding) -> tuple[int, int]:
+def block_output_size(input_size, depthwise_size, stride, padding) -> tuple[int, int]:
+    """Height and width of the output."""
     top, bottom, left, right = padding
     return (
         output_length(input_size[2], depthwise_size[2], stride[0], top, bottom, 1),
@@ -180,7 +179,7 @@ def _fake(
 ):  # fmt: skip
     n, c, h, w = input.shape
     layout = memory_format(input)
-    height, width = _output_size(input.shape, depthwise_weight.shape, stride, padding)
+    height, width = block_output_size(input.shape, depthwise_weight.shape, stride, padding)
     hidden = depthwise_weight.size(0)
     masks = needs_masks and activation is not None
     output = input.new_empty((n, project_weight.size(0), height, width)).to(memory_format=layout)
@@ -226,7 +225,7 @@ def _backward(ctx, grad_output, _grad_expand_mask, _grad_depthwise_mask, grad_po
     if grad_output is None:
         n = ctx.input_size[0]
         stride, padding = ctx.geometry[:2]
-        size = (n, project_weight.size(0), *_output_size(ctx.input_size, depthwise_weight.shape, stride, padding))
+        size = (n, project_weight.size(0), *block_output_size(ctx.input_size, depthwise_weight.shape, stride, padding))
         grad_output = grad_pooled.new_zeros(size)
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 4, 6)]
     grad_input, *grad_biases = _frozen_inverted_residual_backward(

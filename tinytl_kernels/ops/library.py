@@ -95,12 +95,12 @@ def _plain_eager(args: Sequence) -> bool:
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
-        and all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+        and all(kind in _PLAIN or not issubclass(kind, Tensor) for kind in {type(a) for a in args})
         and not args[0].is_meta
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion, check_shape
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.avg_pool import check_image
 from tinytl_kernels.ops.library import autocast_to, define_operator, gradient_needed
@@ -98,32 +98,29 @@ def check_branch(
         raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     if stride < 1 or groups < 1:
         raise ValueError(f"stride, groups: expected at least 1, got {stride}, {groups}")
-    inner, outer, k, channels = weight1.size(0), weight2.size(0), weight1.size(-1), pooled.size(1)
+    inner, outer, k, channels = weight1.shape[0], weight2.shape[0], weight1.shape[-1], pooled.shape[1]
     if channels % groups or inner % groups or k % 2 == 0:
         raise ValueError(
             f"weight1: expected an odd kernel and {groups} groups that divide its {inner} channels and the {channels} "
             f"of pooled, got {tuple(weight1.shape)}"
         )
-    if pooled.numel() == 0:
+    if 0 in pooled.shape:
         raise ValueError(f"pooled: expected at least one value to normalise, got {tuple(pooled.shape)}")
-    expected = {
-        "weight1": (weight1, (inner, channels // groups, k, k)),
-        "norm1.weight": (norm_weight1, (inner,)),
-        "norm1.bias": (norm_bias1, (inner,)),
-        "norm1.running_mean": (running_mean1, (inner,)),
-        "norm1.running_var": (running_var1, (inner,)),
-        "weight2": (weight2, (outer, inner, 1, 1)),
-        "norm2.weight": (norm_weight2, (outer,)),
-        "norm2.bias": (norm_bias2, (outer,)),
-        "norm2.running_mean": (running_mean2, (outer,)),
-        "norm2.running_var": (running_var2, (outer,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        check_companion(name, tensor, pooled)
+    for name, tensor, shape in (
+        ("weight1", weight1, (inner, channels // groups, k, k)),
+        ("norm1.weight", norm_weight1, (inner,)),
+        ("norm1.bias", norm_bias1, (inner,)),
+        ("norm1.running_mean", running_mean1, (inner,)),
+        ("norm1.running_var", running_var1, (inner,)),
+        ("weight2", weight2, (outer, inner, 1, 1)),
+        ("norm2.weight", norm_weight2, (outer,)),
+        ("norm2.bias", norm_bias2, (outer,)),
+        ("norm2.running_mean", running_mean2, (outer,)),
+        ("norm2.running_var", running_var2, (outer,)),
+    ):
+        if tensor is not None:
+            check_shape(name, tensor, shape)
+            check_companion(name, tensor, pooled)
     _check_norm("norm1", inner, norm_groups1, running_mean1, running_var1)
     _check_norm("norm2", outer, norm_groups2, running_mean2, running_var2)
 

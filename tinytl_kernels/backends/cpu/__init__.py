@@ -7,11 +7,11 @@ from torch import Tensor
 
 from tinytl_kernels.backends.cpu import (
     activation,
+    block_chain,
     frozen_conv,
     frozen_inverted_residual,
     group_norm,
     lite_branch,
-    lite_residual_block,
     pooling,
     stem_block,
     upsample_add,
@@ -34,7 +34,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
-FUSED = {**lite_residual_block.FUSED, **stem_block.FUSED}
+FUSED = {**block_chain.FUSED, **stem_block.FUSED}
 
 
 def unavailable_reason() -> str | None:

@@ -1,0 +1,38 @@
+"""Blocks in a row, with or without lite residuals, in one call: ``block_chain`` in ``autograd.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.backends.cpu.frozen_inverted_residual import fused
+from tinytl_kernels.core.layout import memory_format
+
+
+def block_chain(input: Tensor, links: Sequence) -> Tensor | None:
+    if memory_format(input) is not torch.channels_last:
+        return None
+    if not all(fused(link.stride, link.activation) for link in links):
+        return None
+    tensors, numbers, reals, activations, running = [], [], [], [], []
+    for link in links:
+        tensors += (*link.convs, *link.scales)
+        numbers += (*link.stride, *link.padding, link.residual, link.needs_masks, link.branch is not None)
+        activations.append(link.activation or "none")
+        if link.branch is None:
+            continue
+        weight1, norm1, weight2, norm2, stride, groups, activation, keep_conv, *counted = link.branch
+        tensors += (weight1, *norm1[:4], weight2, *norm2[:4])
+        numbers += (stride, groups, norm1.groups, norm2.groups, keep_conv)
+        reals += (norm1.eps, norm2.eps)
+        activations.append(activation)
+        for buffers, momentum in counted:
+            numbers.append(len(buffers))
+            reals.append(momentum)
+            running += buffers
+    return torch.ops.tinytl_cpu.block_chain(input, tensors, numbers, reals, activations, running)
+
+
+FUSED = {"block_chain": block_chain}

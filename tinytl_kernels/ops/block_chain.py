@@ -1,0 +1,98 @@
+"""Blocks in a row, with or without lite residuals, in one call, where a backend has one. No operator: a chain of them.
+
+    output = frozen_inverted_residual(input)                                                   for each block in turn
+             [+ upsampled lite_branch(pooled input)]                                    TinyTL, section 3.2, figure 3
+
+A small block computes for less time than its operators take to be called, checked and differentiated one by one; the
+more so as each block drives the interpreter's own memory out of the caches. A chain is looked at and checked first,
+from its first block to its last, and then computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinytl_kernels.ops.block import Block, Branch, Described
+from tinytl_kernels.ops.frozen_inverted_residual import block_output_size, check_block
+from tinytl_kernels.ops.library import fused_call
+from tinytl_kernels.ops.lite_branch import check_branch
+
+
+class _Link(NamedTuple):
+    """A checked block, as backends take it."""
+
+    convs: Sequence[Tensor | None]
+    scales: Sequence[Tensor | None]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    activation: str | None
+    residual: bool
+    needs_masks: bool
+    branch: Branch | None
+
+
+def block_chain(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
+    """What the blocks' operators and the counting of statistics come to, or None: call them one by one.
+
+    Args:
+        input: (N, C, H, W).
+        blocks: at least one, from the first to the last; the image of each but the first is :func:`block_output` of the
+            one before.
+
+    Returns:
+        (N, O, H', W'), differentiable with respect to all that the operators are; None where no backend does it in one
+        call: while compiling or under autocast, on another device or in another layout.
+
+    Raises:
+        ValueError: as the operators do; nothing has been computed or counted then.
+    """
+    tensors = [block.tensors for block in blocks]
+    fused = fused_call("block_chain", "frozen_inverted_residual", [input, *(t for some in tensors for t in some)])
+    if fused is None or not all(map(_adds_up, blocks)):
+        return None
+    recording = torch.is_grad_enabled()
+    links, wanted = [], recording and input.requires_grad
+    for block, some in zip(blocks, tensors, strict=True):
+        trained = recording and _any_trained(some)
+        links.append(_checked(block, wanted or (trained and _any_trained(block.convs[1::2])), wanted or trained))
+        wanted = wanted or trained
+    return fused(input, links)
+
+
+def offers_block_chain(input: Tensor) -> bool:
+    """Whether there is a backend that may compute a chain of ``input`` in one call: else nobody need look for one."""
+    return fused_call("block_chain", "frozen_inverted_residual", [input]) is not None
+
+
+def block_output(block: Block) -> Described:
+    """What ``block`` makes."""
+    image, convs = block.image, block.convs
+    size = block_output_size(image.shape, convs[2].shape, block.stride, block.padding)
+    return Described((image.shape[0], convs[4].shape[0], *size), image.dtype, image.device)
+
+
+def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _adds_up(block: Block) -> bool:
+    # Else upsample_add's own error says that channels differ.
+    return block.branch is None or block.branch.weight2.size(0) == block.convs[4].size(0)
+
+
+def _checked(block: Block, needs_masks: bool, anything_wanted: bool) -> _Link:
+    image, convs, scales, stride, padding, activation, residual, branch = block
+    if branch is not None:
+        norm1, norm2 = branch.norm1, branch.norm2
+        keep_conv = branch.keep_conv and anything_wanted
+        check_branch(
+            image, *branch.tensors, branch.stride, branch.groups, branch.activation,
+            norm1.groups, norm2.groups, norm1.eps, norm2.eps, keep_conv,
+        )  # fmt: skip
+        branch = branch._replace(keep_conv=keep_conv)
+    check_block(image, *convs, stride, padding, activation, residual, needs_masks, branch is not None, *scales)
+    return _Link(convs, scales, stride, padding, activation, residual, needs_masks, branch)
