@@ -74,13 +74,16 @@ def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tu
     """What a stem and a block that begin at ``children[at]`` make of ``image``, and the index of the child behind them;
     None where they are not computed in one call. So do the two functions below."""
     stem, *convs, after = stem_at(children, at)
-    return (None, at) if stem is None else (_stem_block(stem, *convs, image), after)
+    if stem is None or not ops.offers_stem_block(image):
+        return None, at
+    return _stem_block(stem, *convs, ops.autocast_input(image)), after
 
 
 def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
     if not ops.offers_block_chain(image):
         return None, len(children)
-    blocks, before = [], image
+    before = image = ops.autocast_input(image)
+    blocks = []
     for block, after in chain_at(children, at):
         block = block_of(*block, False, before) if isinstance(block, tuple) else block.chain_link(before)
         if block is None:

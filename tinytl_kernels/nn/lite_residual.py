@@ -305,9 +305,10 @@ class LiteResidualBlock(nn.Module):
         self.lite = lite
 
     def forward(self, input: Tensor) -> Tensor:
-        if ops.offers_block_chain(input) and (link := self.chain_link(input)) is not None:
-            output = ops.block_chain(input, [link])
-            if output is not None:
+        if ops.offers_block_chain(input):
+            image = ops.autocast_input(input)
+            link = self.chain_link(image)
+            if link is not None and (output := ops.block_chain(image, [link])) is not None:
                 return output
         after_pooling = self._after_pooling()
         if after_pooling is None:

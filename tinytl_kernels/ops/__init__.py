@@ -9,10 +9,11 @@ from tinytl_kernels.ops.frozen_conv import frozen_conv
 from tinytl_kernels.ops.frozen_conv_add import frozen_conv_add
 from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
 from tinytl_kernels.ops.group_norm import group_norm_activation
+from tinytl_kernels.ops.library import autocast_input
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.pad import pad2d
-from tinytl_kernels.ops.stem_block import stem_block, stem_output
+from tinytl_kernels.ops.stem_block import offers_stem_block, stem_block, stem_output
 from tinytl_kernels.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Running",
     "activation",
     "adaptive_avg_pool2d",
+    "autocast_input",
     "avg_pool2d",
     "block_chain",
     "block_output",
@@ -35,6 +37,7 @@ __all__ = [
     "lite_branch",
     "max_pool2d",
     "offers_block_chain",
+    "offers_stem_block",
     "pad2d",
     "stem_block",
     "stem_output",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinytl_kernels.ops.block import Block, Branch, Described
 from tinytl_kernels.ops.frozen_inverted_residual import block_output_size, check_block
-from tinytl_kernels.ops.library import fused_call
+from tinytl_kernels.ops.library import autocast_to, fused_call
 from tinytl_kernels.ops.lite_branch import check_branch
 
 
@@ -39,13 +39,13 @@ def block_chain(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     """What the blocks' operators and the counting of statistics come to, or None: call them one by one.
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W), as :func:`autocast_input` gives it.
         blocks: at least one, from the first to the last; the image of each but the first is :func:`block_output` of the
             one before.
 
     Returns:
         (N, O, H', W'), differentiable with respect to all that the operators are; None where no backend does it in one
-        call: while compiling or under autocast, on another device or in another layout.
+        call: while compiling, on another device or in another layout.
 
     Raises:
         ValueError: as the operators do; nothing has been computed or counted then.
@@ -54,6 +54,8 @@ def block_chain(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
     fused = fused_call("block_chain", "frozen_inverted_residual", [input, *(t for some in tensors for t in some)])
     if fused is None or not all(map(_adds_up, blocks)):
         return None
+    if torch.is_autocast_enabled(input.device.type):
+        blocks = [_cast_branch(block, input.dtype) for block in blocks]
     recording = torch.is_grad_enabled()
     links, wanted = [], recording and input.requires_grad
     for block, some in zip(blocks, tensors, strict=True):
@@ -73,6 +75,14 @@ def block_output(block: Block) -> Described:
     image, convs = block.image, block.convs
     size = block_output_size(image.shape, convs[2].shape, block.stride, block.padding)
     return Described((image.shape[0], convs[4].shape[0], *size), image.dtype, image.device)
+
+
+def _cast_branch(block: Block, dtype: torch.dtype) -> Block:
+    # As lite_branch's own autocast rule: what is trained is rounded, and differentiated through that.
+    if (branch := block.branch) is None:
+        return block
+    weights = (autocast_to(dtype, weight) for weight in (branch.weight1, branch.weight2))
+    return block._replace(branch=branch._replace(weight1=next(weights), weight2=next(weights)))
 
 
 def _any_trained(tensors: Sequence[Tensor | None]) -> bool:

@@ -83,10 +83,18 @@ class Operator:
 
 def fused_call(name: str, operator: str, args: Sequence) -> Callable | None:
     """What computes the chain ``name``, one of whose operators is ``operator``, in one call for these arguments, or
-    None; the first of them is the tensor that picks the backend."""
-    if torch.compiler.is_compiling() or not _plain_eager(args) or torch.is_autocast_enabled(args[0].device.type):
+    None; the first of them is the tensor that picks the backend, as :func:`autocast_input` gives it."""
+    if torch.compiler.is_compiling() or not _plain_eager(args):
         return None
-    return getattr(backend_of(operator, args[0]), "FUSED", {}).get(name)
+    fused = getattr(backend_of(operator, args[0]), "FUSED", {}).get(name)
+    if fused is None or not torch.is_autocast_enabled(args[0].device.type):
+        return fused
+
+    def without_autocast(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return fused(*args)
+
+    return without_autocast
 
 
 def _plain_eager(args: Sequence) -> bool:
@@ -207,6 +215,14 @@ def autocast_to(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor
+
+
+def autocast_input(tensor: torch.Tensor) -> torch.Tensor:
+    """What the autocast rule of the frozen operators makes of their input: ``tensor`` itself outside of autocast."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return autocast_to(torch.get_autocast_dtype(device), tensor)
 
 
 def cast_input(dtype: torch.dtype, args: tuple) -> tuple:

@@ -29,15 +29,15 @@ def stem_block(
     """What the two operators come to, or None: call them one by one.
 
     Args:
-        image: (N, C, H, W).
+        image: (N, C, H, W), as :func:`autocast_input` gives it.
         weight, bias, stride, padding, weight_scale: of the stem, as :func:`frozen_conv` takes them; it has no dilation
             and no groups, and the activation of the block.
         block: of :func:`stem_output`, without expansion, shortcut and branch.
 
     Returns:
         (N, O, H', W'), differentiable with respect to the biases; None where no backend does it in one call: where the
-        image wants a gradient, while compiling or under autocast, on another device or in another layout. In half
-        precision what the stem makes is not rounded.
+        image wants a gradient, while compiling, on another device or in another layout. In half precision what the
+        stem makes is not rounded.
 
     Raises:
         ValueError: as the operators do.
@@ -55,6 +55,11 @@ def stem_block(
         image, weight, bias, *behind, *geometry, block.stride, block.padding, activation, needs_masks,
         weight_scale, *block.scales[1:],
     )  # fmt: skip
+
+
+def offers_stem_block(image: Tensor) -> bool:
+    """Whether there is a backend that may compute a stem of ``image`` and its block in one call."""
+    return fused_call("stem_block", "frozen_conv", [image]) is not None
 
 
 def stem_output(image: Tensor, weight: Tensor, stride: IntOrPair, padding: IntOrPair) -> Described:

@@ -196,12 +196,19 @@ def test_what_is_not_asked_for_in_one_call(why, taken):
     assert block.lite.bn1.num_batches_tracked == 1
 
 
-def test_nchw_autocast_and_other_backends_are_left_to_the_operators(taken):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast(dtype, given, taken, monkeypatch):
+    with torch.autocast("cpu", dtype):
+        ours, theirs = both(make(), image(2, 8, 9, 9, dtype=given), taken, monkeypatch)
+    assert ours["output"].dtype is dtype
+    assert_same(ours, theirs)
+
+
+def test_nchw_and_other_backends_are_left_to_the_operators(taken):
     block, x = make(), torch.randn(2, 8, 8, 8)
     block(x)
     assert taken == [False]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert block(image(2, 8, 8, 8)).dtype is torch.bfloat16
     with tk.use_backend("reference"):
         block(image(2, 8, 8, 8))
     assert taken == [False]
@@ -262,6 +269,13 @@ def assert_all_same(ours: dict, theirs: dict) -> None:
 @pytest.mark.parametrize("size", [(2, 3, 31, 28), (1, 3, 16, 17), (3, 3, 12, 12)], ids=str)
 def test_a_row_of_blocks_is_one_call_and_has_their_bits(size, training, taken, monkeypatch):
     assert_all_same(*both(row().train(training), image(*size), taken, monkeypatch))
+
+
+def test_a_row_under_autocast(taken, monkeypatch):
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = both(row(), image(2, 3, 20, 20), taken, monkeypatch)
+    assert ours["output"].dtype is torch.bfloat16
+    assert_all_same(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +353,6 @@ def test_a_row_is_asked_for_once_where_it_is_refused(taken):
     torch.testing.assert_close(rows(x.contiguous()), expected, rtol=1e-4, atol=1e-5)
     # The row, and each lite residual by itself.
     assert taken == [False] * 3
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).dtype is torch.bfloat16
     with tk.use_backend("reference"):
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
     model[5].activation = model[4].activation = "leaky_relu"  # which the kernels leave to the reference
