@@ -49,6 +49,19 @@ def compare_with_torch(ours: Callable, stock: Callable, inputs: Sequence[Tensor]
         assert_as_exact_as_torch(name, a, b, c, 0.0 if name == "output" else bound)
 
 
+def saved_tensors(function: Callable[[], object]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that autograd keeps while ``function()`` runs, sorted."""
+    saved = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sorted(saved, key=str)
+
+
 def saved_bytes(function: Callable[[], Tensor], exclude: Sequence[Tensor] = ()) -> int:
     """Bytes that autograd keeps while ``function()`` runs, each storage once, without those of ``exclude``."""
     known = {t.untyped_storage().data_ptr() for t in exclude}

@@ -19,6 +19,15 @@ def seeded() -> int:
 
 
 @pytest.fixture
+def one_thread():
+    """Small tensors, one order of summation, the same scratch memory in every step: with more it is chance."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def cpu_kernels():
     """Force the C++ kernels, so that no call can be answered by another backend; skip where they cannot be compiled."""
     if reason := unavailable_reason():

@@ -23,12 +23,7 @@ TINY = ["--model", "timm:test_efficientnet", "--no-pretrained", "--resolution", 
 DIGITS = [*TINY, "--data", "digits", "--limit-train", "48", "--limit-test", "20", "--epochs", "2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -24,14 +24,12 @@ TINY = Context(torch.device("cpu"), "reference", tiny=True)
 
 
 @pytest.fixture(autouse=True)
-def without_compiling(monkeypatch):
+def without_compiling(monkeypatch, one_thread):
     """As in a worker: what nobody forces is the reference's."""
     monkeypatch.setenv("TINYTL_BACKEND", "reference")
-    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
-    torch.set_num_threads(before[0])
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[1:]
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def job(name: str, code: str, seconds: float = 30.0, **more) -> Job:

@@ -19,12 +19,8 @@ from tinytl_kernels.finetune.sources import ArraySource
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def always_one_thread(one_thread):
     """Small tensors; and one order of summation wherever a test asks for equal bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_tiny(classes: int = 3, seed: int = 0) -> nn.Module:

@@ -86,15 +86,6 @@ def test_the_groupnorm_backbone_stays_below_the_papers_theory(method: str, most:
     assert report.saved <= 527_000_000 / 20
 
 
-@pytest.fixture
-def one_thread():
-    """Its scratch memory is the same in every step: which of several takes a task, and grows its own, is chance."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @KERNELS
 @pytest.mark.parametrize("method", ["bias", "lite_residual+bias"])
 def test_pytorchs_allocator_counts_the_same(method: str, one_thread) -> None:
@@ -105,7 +96,7 @@ def test_pytorchs_allocator_counts_the_same(method: str, one_thread) -> None:
     with step_in_backward(optimizer):
         report = measure_memory(model, images, optimizer=optimizer)
         peak, left = allocated(lambda: nn.functional.cross_entropy(model(images), torch.tensor([0])).backward())
-    # The threads have their scratch memory already.
+    # The thread has its scratch memory already; which of several would take a task, and grow its own, is chance.
     assert peak == pytest.approx(report.peak - report.scratch, rel=0.01)
     assert left < 10_000  # every gradient is gone; the loss is held
 

@@ -9,7 +9,7 @@ with a block behind it and blocks in a row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from torch import fx, nn
 
@@ -56,11 +56,16 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
     _join_chains(model, report)
 
 
+def _sequentials(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
+    """By name, those whose children can be computed together."""
+    for name, module in model.named_modules():
+        if type(module) in (nn.Sequential, FusedSequential) and not tampered(module):
+            yield name, module
+
+
 def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[str]) -> None:
     """Compute a stem and the block behind it in one call, where they are children of one ``nn.Sequential``."""
-    for name, module in model.named_modules():
-        if type(module) not in (nn.Sequential, FusedSequential) or tampered(module):
-            continue
+    for name, module in _sequentials(model):
         prefix = f"{name}." if name else ""
         names, children = list(module._modules), list(module._modules.values())
         for at in range(len(children)):
@@ -73,9 +78,7 @@ def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[st
 
 def _join_chains(model: nn.Module, report: ConversionReport) -> None:
     """Compute blocks that stand in a row in one call, also those of neighbouring ``nn.Sequential`` modules."""
-    for name, module in model.named_modules():
-        if type(module) not in (nn.Sequential, FusedSequential) or tampered(module):
-            continue
+    for name, module in _sequentials(model):
         children, at, longest = in_a_row(module), 0, 0
         while at < len(children):
             chain = chain_at(children, at)

@@ -16,13 +16,7 @@ def hooks_of(module: nn.Module) -> list[Callable]:
 
 def hooked(module: nn.Module) -> bool:
     """Whether ``module`` has hooks, also such that only listen, or a ``forward`` of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_own_forward(module)
-    )
+    return has_own_forward(module) or bool(hooks_of(module))
 
 
 def every_module_hooked() -> bool:
@@ -44,6 +38,4 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody would notice that ``module`` is not called."""
-    return hooked(module) and (
-        has_own_forward(module) or not all(getattr(hook, "listens_only", False) for hook in hooks_of(module))
-    )
+    return has_own_forward(module) or not all(getattr(hook, "listens_only", False) for hook in hooks_of(module))

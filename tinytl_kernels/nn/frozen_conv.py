@@ -165,7 +165,7 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
         return frozen.train(conv.training)
 
     def forward(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        self.refuse_trained_weight()
+        weight, bias, scale = self.operands()
         if input.dim() not in (3, 4):
             raise ValueError(f"input: expected (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
         if input.dim() == 3:
@@ -177,13 +177,11 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             padding = (0, 0, 0, 0)
         geometry = (self.stride, padding, self.dilation, self.groups)
         if shortcut is not None and self._fits(shortcut, input, padding):
-            return ops.frozen_conv_add(
-                input, shortcut, self.weight, self.bias, *geometry, self.activation, weight_scale=self.weight_scale
-            )
+            return ops.frozen_conv_add(input, shortcut, weight, bias, *geometry, self.activation, weight_scale=scale)
         activation, alone = self.activation, None
         if shortcut is not None or (self.code_bits is not None and activation in FULL_VALUE):
             activation, alone = None, activation
-        output = ops.frozen_conv(input, self.weight, self.bias, *geometry, activation, weight_scale=self.weight_scale)
+        output = ops.frozen_conv(input, weight, bias, *geometry, activation, weight_scale=scale)
         if shortcut is not None:
             output = output + shortcut
         return output if alone is None else ops.activation(output, alone, code_bits=self.code_bits)
@@ -199,17 +197,12 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             and self.activation not in FULL_VALUE
         )
 
-    def refuse_trained_weight(self) -> None:
-        """Raise ``RuntimeError`` if somebody set the weight to require a gradient, which would never come."""
-        if self.weight.requires_grad:
-            raise RuntimeError(
-                "FrozenConvBias computes no weight gradient, but its weight has requires_grad=True. Call "
-                "weight.requires_grad_(False), or train the plain PyTorch model that tinytl_kernels.to_torch(model) "
-                "gives."
-            )
-
     def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The frozen weight, the bias and the scale of a weight in 8 bits; raises as :meth:`refuse_trained_weight`."""
+        """The frozen weight, the bias and the scale of a weight in 8 bits.
+
+        Raises:
+            RuntimeError: somebody set the weight to require a gradient, which would never come.
+        """
         parameters, buffers = self._parameters, self._buffers
         if "weight" not in parameters or "bias" not in parameters or "weight_scale" not in buffers:
             weight, bias, scale = self.weight, self.bias, self.weight_scale  # parametrised, or pruned
@@ -217,7 +210,11 @@ class FrozenConvBias(QuantizableWeight, nn.Conv2d):
             # A small block computes for about as long as nn.Module.__getattr__ takes to find what its layers hold.
             weight, bias, scale = parameters["weight"], parameters["bias"], buffers["weight_scale"]
         if weight.requires_grad:
-            self.refuse_trained_weight()
+            raise RuntimeError(
+                "FrozenConvBias computes no weight gradient, but its weight has requires_grad=True. Call "
+                "weight.requires_grad_(False), or train the plain PyTorch model that tinytl_kernels.to_torch(model) "
+                "gives."
+            )
         return weight, bias, scale
 
     def four_paddings(self, input: Tensor | ops.Described) -> tuple[int, ...]:

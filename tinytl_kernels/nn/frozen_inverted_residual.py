@@ -152,7 +152,7 @@ def block_of(
     """What these modules are to an operator, for that input.
 
     Raises:
-        RuntimeError: as :meth:`FrozenConvBias.refuse_trained_weight`.
+        RuntimeError: as :meth:`FrozenConvBias.operands`.
     """
     weight1, bias1, scale1 = (None, None, None) if expand is None else expand.operands()
     weight2, bias2, scale2 = depthwise.operands()

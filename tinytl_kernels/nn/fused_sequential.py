@@ -76,7 +76,11 @@ def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tu
     stem, *convs, after = stem_at(children, at)
     if stem is None or not ops.offers_stem_block(image):
         return None, at
-    return _stem_block(stem, *convs, ops.autocast_input(image)), after
+    image = ops.autocast_input(image)
+    weight, bias, scale = stem.operands()
+    padding = stem.four_paddings(image)
+    block = block_of(None, *convs, False, ops.stem_output(image, weight, stem.stride, padding))
+    return ops.stem_block(image, weight, bias, stem.stride, padding, block, weight_scale=scale), after
 
 
 def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
@@ -99,15 +103,6 @@ def _block(children: Sequence[nn.Module], at: int, input: Tensor) -> tuple[Tenso
         return None, at
     block = block_of(*block, False, input)
     return ops.frozen_inverted_residual(*block.arguments, **block.named_scales), after
-
-
-def _stem_block(
-    stem: FrozenConvBias, depthwise: FrozenConvBias, project: FrozenConvBias, image: Tensor
-) -> Tensor | None:
-    weight, bias, scale = stem.operands()
-    padding = stem.four_paddings(image)
-    block = block_of(None, depthwise, project, False, ops.stem_output(image, weight, stem.stride, padding))
-    return ops.stem_block(image, weight, bias, stem.stride, padding, block, weight_scale=scale)
 
 
 _CHAINED = (FrozenInvertedResidual.forward, LiteResidualBlock.forward)

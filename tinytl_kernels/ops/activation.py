@@ -17,6 +17,7 @@ from tinytl_kernels.core.activations import (
     mask_size,
 )
 from tinytl_kernels.core.derivative_code import check_code_bits
+from tinytl_kernels.core.dtypes import check_shape
 from tinytl_kernels.core.layout import memory_format
 from tinytl_kernels.ops.library import define_operator, gradient_needed, no_second_derivative
 
@@ -115,8 +116,7 @@ _activation = define_operator(
 def _check_backward(grad_output, saved, name, negative_slope) -> None:
     check_activation(name, "name", STAND_ALONE)
     expected = mask_size(grad_output.shape) if name in BIT_MASK else tuple(grad_output.shape)
-    if tuple(saved.shape) != expected:
-        raise ValueError(f"saved: expected shape {expected}, got {tuple(saved.shape)}")
+    check_shape("saved", saved, expected)
 
 
 activation_backward = define_operator(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinytl_kernels.ops.block import Block, Branch, Described
 from tinytl_kernels.ops.frozen_inverted_residual import block_output_size, check_block
-from tinytl_kernels.ops.library import autocast_to, fused_call
+from tinytl_kernels.ops.library import autocast_to, fused_call, gradient_needed
 from tinytl_kernels.ops.lite_branch import check_branch
 
 
@@ -56,12 +56,11 @@ def block_chain(input: Tensor, blocks: Sequence[Block]) -> Tensor | None:
         return None
     if torch.is_autocast_enabled(input.device.type):
         blocks = [_cast_branch(block, input.dtype) for block in blocks]
-    recording = torch.is_grad_enabled()
-    links, wanted = [], recording and input.requires_grad
+    links, input_wanted = [], gradient_needed(input)
     for block, some in zip(blocks, tensors, strict=True):
-        trained = recording and _any_trained(some)
-        links.append(_checked(block, wanted or (trained and _any_trained(block.convs[1::2])), wanted or trained))
-        wanted = wanted or trained
+        wanted = input_wanted or gradient_needed(*some)
+        links.append(_checked(block, input_wanted or gradient_needed(*block.convs[1::2]), wanted))
+        input_wanted = wanted
     return fused(input, links)
 
 
@@ -81,12 +80,8 @@ def _cast_branch(block: Block, dtype: torch.dtype) -> Block:
     # As lite_branch's own autocast rule: what is trained is rounded, and differentiated through that.
     if (branch := block.branch) is None:
         return block
-    weights = (autocast_to(dtype, weight) for weight in (branch.weight1, branch.weight2))
-    return block._replace(branch=branch._replace(weight1=next(weights), weight2=next(weights)))
-
-
-def _any_trained(tensors: Sequence[Tensor | None]) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    weight1, weight2 = autocast_to(dtype, branch.weight1), autocast_to(dtype, branch.weight2)
+    return block._replace(branch=branch._replace(weight1=weight1, weight2=weight2))
 
 
 def _adds_up(block: Block) -> bool:
@@ -94,11 +89,11 @@ def _adds_up(block: Block) -> bool:
     return block.branch is None or block.branch.weight2.size(0) == block.convs[4].size(0)
 
 
-def _checked(block: Block, needs_masks: bool, anything_wanted: bool) -> _Link:
+def _checked(block: Block, needs_masks: bool, wanted: bool) -> _Link:
     image, convs, scales, stride, padding, activation, residual, branch = block
     if branch is not None:
         norm1, norm2 = branch.norm1, branch.norm2
-        keep_conv = branch.keep_conv and anything_wanted
+        keep_conv = branch.keep_conv and wanted
         check_branch(
             image, *branch.tensors, branch.stride, branch.groups, branch.activation,
             norm1.groups, norm2.groups, norm1.eps, norm2.eps, keep_conv,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import mask_size
+from tinytl_kernels.core.dtypes import check_shape
 from tinytl_kernels.ops.library import define_operator
 
 
@@ -71,8 +72,7 @@ _dropout = define_operator(
 
 
 def _check_backward(grad_output, mask, p) -> None:
-    if tuple(mask.shape) != mask_size(grad_output.shape):
-        raise ValueError(f"mask: expected shape {mask_size(grad_output.shape)}, got {tuple(mask.shape)}")
+    check_shape("mask", mask, mask_size(grad_output.shape))
 
 
 _dropout_backward = define_operator(

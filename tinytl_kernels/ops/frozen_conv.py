@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinytl_kernels.core.activations import BIT_MASK, FULL_VALUE, check_activation, mask_size
-from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion, check_shape
 from tinytl_kernels.core.geometry import IntOrPair, four_paddings, output_length, pair
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.core.quantization import check_weight
@@ -106,8 +106,7 @@ def check_conv(
         )
     if bias is not None:
         check_companion("bias", bias, input)
-        if bias.dim() != 1 or bias.size(0) != weight.size(0):
-            raise ValueError(f"bias: expected shape ({weight.size(0)},), got {tuple(bias.shape)}")
+        check_shape("bias", bias, (weight.size(0),))
     for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
         expected = 4 if name == "padding" else 2
         if len(values) != expected or any(value < least for value in values):
@@ -213,8 +212,7 @@ def _check_backward(
     check_activation(activation)
     check_weight("weight", weight, weight_scale, grad_output)
     size = (input_size[0], weight.size(0), *conv_output_size(input_size, weight.shape, stride, padding, dilation))
-    if tuple(grad_output.shape) != size:
-        raise ValueError(f"grad_output: expected shape {size}, got {tuple(grad_output.shape)}")
+    check_shape("grad_output", grad_output, size)
     if saved.dtype == torch.uint8 and activation is not None and tuple(saved.shape) != mask_size(size):
         raise ValueError(f"saved: expected a bit mask of shape {mask_size(size)}, got {tuple(saved.shape)}")
 

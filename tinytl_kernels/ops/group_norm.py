@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinytl_kernels.core.activations import check_activation
 from tinytl_kernels.core.derivative_code import check_code_bits
-from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion
+from tinytl_kernels.core.dtypes import accumulation_dtype, check_companion, check_shape
 from tinytl_kernels.core.layout import format_of, memory_format
 from tinytl_kernels.ops.library import define_operator, gradient_needed
 
@@ -79,8 +79,7 @@ def _check(input, weight, bias, num_groups, eps, activation, needs_codes) -> Non
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_companion(name, tensor, input)
-            if tuple(tensor.shape) != (channels,):
-                raise ValueError(f"{name}: expected shape ({channels},), got {tuple(tensor.shape)}")
+            check_shape(name, tensor, (channels,))
 
 
 def _fake(input, weight, bias, num_groups, eps, activation, needs_codes):
@@ -136,8 +135,7 @@ def _check_backward(
         raise ValueError(f"values: expected the shape {tuple(grad_output.shape)} of grad_output, got {values.shape}")
     statistics = (grad_output.size(0), num_groups)
     for name, tensor in (("shift", shift), ("scale", scale), ("rstd", rstd)):
-        if tuple(tensor.shape) != statistics:
-            raise ValueError(f"{name}: expected shape {statistics}, got {tuple(tensor.shape)}")
+        check_shape(name, tensor, statistics)
 
 
 def _fake_backward(grad_output, values, shift, scale, rstd, weight, bias, num_groups, activation, needed):

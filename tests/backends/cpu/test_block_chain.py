@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import tinytl_kernels as tk
+from tests.allocations import allocated
 from tests.backends.cpu.fused import CPU, counted, image
+from tests.checks import saved_tensors
 from tinytl_kernels.core.hooks import listens_only
 from tinytl_kernels.nn import FusedSequential
 
@@ -63,6 +65,11 @@ def assert_same(ours: dict, theirs: dict) -> None:
             torch.testing.assert_close(result, expected, rtol=3e-7, atol=1e-7, msg=name)
         else:
             assert torch.equal(result, expected), name
+
+
+def assert_only_trained(model: nn.Module, results: dict) -> None:
+    for name, parameter in model.named_parameters():
+        assert (results[name] is not None) == parameter.requires_grad, name
 
 
 def both(block: nn.Module, x: torch.Tensor, taken: list[bool], monkeypatch, **options) -> tuple[dict, dict]:
@@ -122,35 +129,27 @@ def test_only_what_is_asked_for(frozen, input_grad, taken, monkeypatch):
         block.get_submodule(name).requires_grad_(False)
     ours, theirs = both(block, image(2, 8, 8, 8), taken, monkeypatch, input_grad=input_grad)
     assert_same(ours, theirs)
-    for name, parameter in block.named_parameters():
-        assert (ours[name] is not None) == parameter.requires_grad, name
+    assert_only_trained(block, ours)
     assert (ours["input"] is not None) == input_grad
 
 
-def test_without_gradients(taken, monkeypatch):
-    block, x = make(), image(2, 8, 8, 8)
+@pytest.mark.parametrize("many", [False, True])
+def test_without_gradients(many, taken, monkeypatch):
+    model, x = (row().eval(), image(2, 3, 20, 20)) if many else (make(), image(2, 8, 8, 8))
     with torch.no_grad():
-        ours = block(x)
+        ours = model(x)
     assert taken == [True]
     assert not ours.requires_grad
     monkeypatch.delitem(CPU.FUSED, NAME)
-    assert torch.equal(ours, block(x))
+    assert torch.equal(ours, model(x))
 
 
 def test_it_keeps_the_same_bytes(taken, monkeypatch):
     block = make()
-
-    def kept() -> list[tuple]:
-        saved = []
-        pack = lambda t: (saved.append((tuple(t.shape), t.dtype)), t)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            block(image(2, 8, 8, 8).requires_grad_())
-        return sorted(saved, key=str)
-
-    ours = kept()
+    ours = saved_tensors(lambda: block(image(2, 8, 8, 8).requires_grad_()))
     assert taken == [True]
     monkeypatch.delitem(CPU.FUSED, NAME)
-    assert ours == kept()
+    assert ours == saved_tensors(lambda: block(image(2, 8, 8, 8).requires_grad_()))
 
 
 def test_batches_are_counted(taken):
@@ -287,8 +286,7 @@ def test_a_row_computes_the_gradients_that_are_asked_for(frozen, taken, monkeypa
         model.get_submodule(name).requires_grad_(False)
     ours, theirs = both(model, image(2, 3, 20, 20), taken, monkeypatch, input_grad=False)
     assert_all_same(ours, theirs)
-    for name, parameter in model.named_parameters():
-        assert (ours[name] is not None) == parameter.requires_grad, name
+    assert_only_trained(model, ours)
 
 
 @pytest.mark.parametrize("trained", ["", "0", "7.2", "2.lite", "8"])
@@ -298,29 +296,11 @@ def test_a_row_keeps_the_same_bytes(trained, taken, monkeypatch):
         module = model.get_submodule(trained)
         for parameter in [module.bias] if isinstance(module, tk.FrozenConvBias) else module.parameters():
             parameter.requires_grad_(parameter.dim() == 1 or "lite" in trained)
-
-    def kept() -> list[tuple]:
-        saved = []
-        pack = lambda t: (saved.append((tuple(t.shape), t.dtype)), t)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(image(2, 3, 20, 20))
-        return sorted(saved, key=str)
-
-    ours = kept()
+    ours = saved_tensors(lambda: model(image(2, 3, 20, 20)))
     assert taken == [True]
     assert bool(ours) == bool(trained)
     monkeypatch.delitem(CPU.FUSED, NAME)
-    assert ours == kept()
-
-
-def test_a_row_without_gradients(taken, monkeypatch):
-    model, x = row().eval(), image(2, 3, 20, 20)
-    with torch.no_grad():
-        ours = model(x)
-    assert taken == [True]
-    assert not ours.requires_grad
-    monkeypatch.delitem(CPU.FUSED, NAME)
-    assert torch.equal(ours, model(x))
+    assert ours == saved_tensors(lambda: model(image(2, 3, 20, 20)))
 
 
 @pytest.mark.parametrize("listening", [True, False])
@@ -389,14 +369,7 @@ def test_a_row_frees_what_it_has_used():
     for fused in (True, False):
         model.fused = fused
         model(x)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            model(x)
-        alive, peak = 0, 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                peak = max(peak, alive)
-        peaks.append(peak)
+        peaks.append(allocated(lambda: model(x))[0])
     assert 0 < peaks[0] <= peaks[1] + x.nbytes
 
 

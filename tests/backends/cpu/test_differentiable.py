@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tinytl_kernels as tk
+from tests.checks import saved_tensors
 from tinytl_kernels import ops
 from tinytl_kernels.backends import backend_module
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
@@ -110,12 +111,8 @@ def test_they_keep_the_same_bytes(case, monkeypatch):
     name, inputs, function = case
 
     def kept() -> list[tuple]:
-        saved = []
         leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-        pack = lambda t: (saved.append((tuple(t.shape), t.dtype)), t)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            function(*leaves)
-        return sorted(saved, key=str)
+        return saved_tensors(lambda: function(*leaves))
 
     ours = kept()
     monkeypatch.delitem(CPU.DIFFERENTIABLE, name)

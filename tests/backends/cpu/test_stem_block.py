@@ -12,6 +12,7 @@ from torch import nn
 
 import tinytl_kernels as tk
 from tests.backends.cpu.fused import counted, image
+from tests.checks import saved_tensors
 from tinytl_kernels import FrozenConvBias, FrozenInvertedResidual
 from tinytl_kernels.backends.cpu import frozen_conv
 from tinytl_kernels.nn import FusedSequential
@@ -214,11 +215,7 @@ def test_it_keeps_the_masks_and_not_the_image(taken):
     model, x = make(), image(2, 3, 16, 16)
 
     def kept() -> list[tuple]:
-        saved = []
-        pack = lambda t: (saved.append((tuple(t.shape), t.dtype)), t)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(x)
-        return sorted((entry for entry in saved if 0 not in entry[0]), key=str)
+        return [entry for entry in saved_tensors(lambda: model(x)) if 0 not in entry[0]]
 
     ours = kept()
     assert taken == [True]
