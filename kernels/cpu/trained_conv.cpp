@@ -5,6 +5,8 @@
 
 #include <c10/util/SmallVector.h>
 
+#include <array>
+
 namespace tinytl::cpu {
 namespace {
 
@@ -21,8 +23,16 @@ struct WindowRow {
   const float* b;
 };
 
+// What a column of the window adds to both.
+struct WindowColumn {
+  int64_t a, b;
+};
+
+constexpr int64_t kPrefetch = 8;
+
 // Up to this many taps no memory is allocated for their list.
 constexpr size_t kUsualTaps = 25;
+constexpr size_t kUsualTiles = 32;
 
 // A packed weight up to this many bytes stays in a core's cache beside the images.
 constexpr int64_t kSmallWeight = 128 * 1024;
@@ -43,46 +53,68 @@ struct PackedWeight {
         taps(conv.taps()),
         terms(transposed ? conv.group_out() : conv.group_in()),
         panels(transposed ? conv.group_in() : conv.group_out()) {
-    const at::Tensor source = weight.to(at::kFloat);
-    const float* from = source.data_ptr<float>();
-    const int64_t out_stride = source.stride(0), in_stride = source.stride(1);
-    const int64_t group_stride = conv.group_out() * out_stride;
-    const int64_t term_stride = transposed ? out_stride : in_stride;
-    const int64_t column_stride = transposed ? in_stride : out_stride;
-    storage = empty_tensor({groups * taps * terms * panels.padded()}, source.options().memory_format(std::nullopt));
-    float* to = storage.data_ptr<float>();
-    const int64_t units = groups * panels.count * conv.kernel;
-    parallel_pieces(0, units, ceil_div(16384, conv.kernel * terms * kLanes), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t ky = unit % conv.kernel, panel = unit / conv.kernel % panels.count;
-        const int64_t group = unit / conv.kernel / panels.count;
-        const int64_t width = panels.width_vecs(panel) * kLanes, valid = panels.valid(panel);
-        for (int64_t kx = 0; kx < conv.kernel; ++kx) {
-          const float* source_tap = from + group * group_stride + panels.start(panel) * column_stride +
-              ky * source.stride(2) + kx * source.stride(3);
-          float* target = to + offset(group, panel) + (ky * conv.kernel + kx) * terms * width;
-          if (term_stride == 1) {
-            transpose(source_tap, column_stride, target, width, valid, terms);
-          }
-          for (int64_t k = 0; k < terms; ++k) {
-            if (term_stride == 1) {
-              // transposed above
-            } else if (column_stride == 1) {
-              copy_row(source_tap + k * term_stride, valid, target + k * width);
-            } else {
-              for (int64_t n = 0; n < valid; ++n) {
-                target[k * width + n] = source_tap[k * term_stride + n * column_stride];
-              }
-            }
-            std::fill(target + k * width + valid, target + (k + 1) * width, 0.f);
-          }
+    // (O, k, k, I / groups): eight out channels at a time are read from their first number to their last. A weight comes
+    // from memory, and that many streams the processor sees coming.
+    const at::Tensor source = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+    const int64_t channels = conv.group_out(), row = taps * conv.group_in();
+    storage = empty_tensor({groups * taps * terms * panels.padded()}, at::kFloat);
+    const int64_t strips = ceil_div(channels, kLanes);
+    parallel_pieces(0, groups * strips, ceil_div(16384, kLanes * row), [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t group = strip / strips, first = strip % strips * kLanes;
+        const float* rows = source.data_ptr<float>() + (group * channels + first) * row;
+        const int64_t count = std::min<int64_t>(kLanes, channels - first);
+        if (transposed) {
+          pack_terms(rows, count, row / taps, group, first);
+        } else {
+          pack_columns(rows, count, row, group, first);
         }
       }
     });
   }
 
+  // Out channels that are columns: `count` rows become a part of a panel's rows.
+  void pack_columns(const float* rows, int64_t count, int64_t row, int64_t group, int64_t first) {
+    int64_t p = 0;
+    while (first >= panels.start(p) + panels.width_vecs(p) * kLanes) {
+      ++p;
+    }
+    const int64_t width = panels.width_vecs(p) * kLanes;
+    float* to = data(group, p) + first - panels.start(p);
+    if (count == kLanes) {
+      transpose(rows, row, to, width, kLanes, row);
+      return;
+    }
+    constexpr int64_t kPiece = 64; // with rows of zeros below the last
+    float piece[kLanes * kPiece] = {};
+    for (int64_t begin = 0; begin < row; begin += kPiece) {
+      const int64_t columns = std::min(kPiece, row - begin);
+      for (int64_t m = 0; m < count; ++m) {
+        copy_row(rows + m * row + begin, columns, piece + m * kPiece);
+      }
+      transpose(piece, kPiece, to + begin * width, width, kLanes, columns);
+    }
+  }
+
+  // Out channels that are terms: `count` rows, of `columns` numbers a tap, become rows of every panel.
+  void pack_terms(const float* rows, int64_t count, int64_t columns, int64_t group, int64_t first) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const int64_t width = panels.width_vecs(p) * kLanes, valid = panels.valid(p);
+        float* to = data(group, p) + (tap * terms + first) * width;
+        for (int64_t k = 0; k < count; ++k, to += width) {
+          copy_row(rows + (k * taps + tap) * columns + panels.start(p), valid, to);
+          std::fill(to + valid, to + width, 0.f);
+        }
+      }
+    }
+  }
+
   int64_t offset(int64_t group, int64_t panel) const {
     return (group * panels.padded() + panels.start(panel)) * taps * terms;
+  }
+  float* data(int64_t group, int64_t panel) {
+    return storage.data_ptr<float>() + offset(group, panel);
   }
   const float* panel(int64_t group, int64_t panel) const {
     return storage.data_ptr<float>() + offset(group, panel);
@@ -106,6 +138,43 @@ std::pair<int64_t, int64_t> inside(int64_t k, int64_t length, int64_t positions,
   const int64_t last = std::min(floor_div(length - 1 + conv.padding - k, conv.stride) + 1, positions);
   return {first, std::max(first, last)};
 }
+
+// Multiplies a line of pixels, `batch` rows each, with a panel of the weight.
+struct Line {
+  int64_t rows, batch;
+  int vecs;
+  Strides strides;
+  int64_t terms; // of a tap
+  c10::SmallVector<WindowRow, kUsualTaps> window;
+  c10::SmallVector<WindowColumn, kUsualTaps> columns;
+
+  // inside(first pixel, last pixel): the columns of the window that fall inside the image at one of them or more. Before
+  // a tile is computed, reach(position of its first row, height) may fetch where store(tile, first row, height) takes it.
+  template <class Inside, class Reach, class Store>
+  void multiply(const Inside& inside, const Reach& reach, const Store& store) const {
+    alignas(64) float tile[kTileElements];
+    c10::SmallVector<Run, kUsualTaps> runs(window.size() * columns.size());
+    int64_t count = 0;
+    std::pair<int64_t, int64_t> taps(0, 0); // columns that `runs` are for
+    RowPosition position{batch};
+    for_row_tiles(rows, batch, vecs, [&](int64_t row, int height) {
+      const std::pair reached = inside(position.pixel, position.after(height - 1).pixel);
+      if (reached != taps) {
+        taps = reached;
+        count = 0;
+        for (const WindowRow& from : window) {
+          for (int64_t column = taps.first; column < taps.second; ++column) {
+            runs[count++] = {from.a + columns[column].a, from.b + columns[column].b, terms};
+          }
+        }
+      }
+      reach(position, height);
+      strided_gemm(height, vecs, runs.data(), count, row * strides.row, strides, false, tile);
+      store(tile, row, height);
+      position.advance(height);
+    });
+  }
+};
 
 } // namespace
 
@@ -152,31 +221,33 @@ void TrainedPointwise::rows(const float* x, int64_t count, float* y) const {
   alignas(64) float tile[kTileElements];
   for (int64_t p = 0; p < panels.count; ++p) {
     const int vecs = panels.width_vecs(p);
-    const Run run{x, packed.data_ptr<float>() + panels.start(p) * in_channels, in_channels};
+    const int64_t start = panels.start(p), valid = panels.valid(p);
+    const Run run{x, packed.data_ptr<float>() + start * in_channels, in_channels};
     const Strides strides{in_channels, 1, vecs * kLanes};
     for_row_tiles(count, 1, vecs, [&](int64_t row, int rows) {
       strided_gemm(rows, vecs, &run, 1, row * in_channels, strides, false, tile);
-      store_tile(tile, rows, vecs, panels.valid(p), y + row * out_channels + panels.start(p), out_channels);
+      store_tile(tile, rows, vecs, valid, y + row * out_channels + start, out_channels);
     });
   }
 }
 
 template <class T>
 void pad_input(const TrainedConv& conv, const T* input, float* padded) {
-  const int64_t channels = conv.in_channels, phase = conv.phase_width;
+  const int64_t channels = conv.in_channels, phase = conv.phase_width, pixel = conv.batch * channels;
   const int64_t grain = ceil_div(16384, std::max<int64_t>(conv.width * conv.batch * channels, 1));
   parallel_pieces(0, conv.height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t q = 0; q < conv.stride; ++q) {
         for (int64_t u = 0; u < phase; ++u) {
           const int64_t x = u * conv.stride + q - conv.padding;
-          float* target = padded + ((y * conv.stride + q) * phase + u) * conv.batch * channels;
+          float* target = padded + ((y * conv.stride + q) * phase + u) * pixel;
           if (x < 0 || x >= conv.width) {
-            std::fill(target, target + conv.batch * channels, 0.f);
+            std::fill(target, target + pixel, 0.f);
             continue;
           }
-          for (int64_t n = 0; n < conv.batch; ++n, target += channels) {
-            const T* source = input + ((n * conv.height + y) * conv.width + x) * channels;
+          const T* source = input + (y * conv.width + x) * channels;
+          for (int64_t n = 0; n < conv.batch; ++n, target += channels, source += conv.height * conv.width * channels) {
+            __builtin_prefetch(source + kPrefetch * conv.stride * channels);
             for (int64_t c = 0; c < channels; c += kLanes) {
               store_channels(target + c, load_channels(source + c, channels - c), channels - c);
             }
@@ -191,48 +262,33 @@ template <class T>
 void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y) {
   const PackedWeight packed(conv, weight, false);
   const auto& panels = packed.panels;
-  const int64_t line = conv.out_width * conv.batch, phase_line = conv.phase_width * conv.batch;
-  std::vector<int64_t> column_offsets(conv.kernel); // of column kx of the window
-  for (int64_t kx = 0; kx < conv.kernel; ++kx) {
-    column_offsets[kx] = (kx % conv.stride * phase_line + kx / conv.stride * conv.batch) * conv.in_channels;
-  }
+  const int64_t rows = conv.out_width * conv.batch, phase_line = conv.phase_width * conv.batch;
   packed.for_units(conv.out_height, [&](const Unit& unit) {
     const int64_t group = unit.group, panel = unit.panel, oy = unit.row;
-    c10::SmallVector<Run, kUsualTaps> runs(conv.taps());
-    c10::SmallVector<WindowRow, kUsualTaps> window(conv.kernel);
-    alignas(64) float tile[kTileElements];
     const int vecs = panels.width_vecs(panel);
-    const Strides strides{conv.in_channels, 1, vecs * kLanes};
-    const int64_t tap_elements = packed.terms * strides.b_step;
-    int64_t window_rows = 0;
-    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
-      const int64_t iy = oy * conv.stride - conv.padding + ky;
+    const int64_t valid = panels.valid(panel), tap_elements = packed.terms * vecs * kLanes;
+    Line line{rows, conv.batch, vecs, {conv.in_channels, 1, vecs * kLanes}, packed.terms, {}, {}};
+    for (int64_t k = 0; k < conv.kernel; ++k) {
+      const int64_t column = k % conv.stride * phase_line + k / conv.stride * conv.batch;
+      line.columns.push_back({column * conv.in_channels, k * tap_elements});
+      const int64_t iy = oy * conv.stride - conv.padding + k;
       if (iy >= 0 && iy < conv.height) {
-        window[window_rows++] = {
-            padded + iy * conv.stride * phase_line * conv.in_channels + group * conv.group_in(),
-            packed.panel(group, panel) + ky * conv.kernel * tap_elements};
+        line.window.push_back(
+            {padded + iy * conv.stride * phase_line * conv.in_channels + group * conv.group_in(),
+             packed.panel(group, panel) + k * conv.kernel * tap_elements});
       }
     }
-    T* target = y + oy * line * conv.out_channels + group * conv.group_out() + panels.start(panel);
-    int64_t count = 0;
-    std::pair<int64_t, int64_t> columns(0, 0); // of the window, that `runs` are for
-    for_row_tiles(line, conv.batch, vecs, [&](int64_t row, int rows) {
-      const int64_t first = row / conv.batch, last = (row + rows - 1) / conv.batch; // columns of the tile
-      const std::pair inside_image(
-          std::max<int64_t>(conv.padding - last * conv.stride, 0),
-          std::min(conv.padding + conv.width - first * conv.stride, conv.kernel));
-      if (inside_image != columns) {
-        columns = inside_image;
-        count = 0;
-        for (int64_t w = 0; w < window_rows; ++w) {
-          for (int64_t kx = columns.first; kx < columns.second; ++kx) {
-            runs[count++] = {window[w].a + column_offsets[kx], window[w].b + kx * tap_elements, packed.terms};
-          }
-        }
-      }
-      strided_gemm(rows, vecs, runs.data(), count, row * conv.in_channels, strides, false, tile);
-      store_tile(tile, rows, vecs, panels.valid(panel), target + row * conv.out_channels, conv.out_channels);
-    });
+    T* target = y + oy * rows * conv.out_channels + group * conv.group_out() + panels.start(panel);
+    line.multiply(
+        [&](int64_t first, int64_t last) {
+          return std::pair(
+              std::max<int64_t>(conv.padding - last * conv.stride, 0),
+              std::min(conv.padding + conv.width - first * conv.stride, conv.kernel));
+        },
+        [](const RowPosition&, int) {},
+        [&](const float* tile, int64_t row, int height) {
+          store_tile(tile, height, vecs, valid, target + row * conv.out_channels, conv.out_channels);
+        });
   });
 }
 
@@ -241,60 +297,51 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
   const PackedWeight packed(conv, weight, true);
   const auto& panels = packed.panels;
   const int64_t grad_line = conv.gradient_width * conv.batch, left = conv.left;
+  const int64_t image_elements = conv.height * conv.width * conv.in_channels;
   packed.for_units(conv.height, [&](const Unit& unit) {
     const int64_t group = unit.group, panel = unit.panel, iy = unit.row;
-    c10::SmallVector<Run, kUsualTaps> runs(conv.taps());
-    c10::SmallVector<WindowRow, kUsualTaps> window(conv.kernel);
-    alignas(64) float tile[kTileElements];
     const int vecs = panels.width_vecs(panel);
-    const Strides strides{conv.out_channels, 1, vecs * kLanes};
-    const int64_t tap_elements = packed.terms * strides.b_step;
-    int64_t window_rows = 0;
-    for (int64_t ky = 0; ky < conv.kernel; ++ky) {
-      const int64_t reached = iy + conv.padding - ky;
-      if (reached >= 0 && reached % conv.stride == 0 && reached / conv.stride < conv.out_height) {
-        window[window_rows++] = {
-            grad + reached / conv.stride * grad_line * conv.out_channels + group * conv.group_out(),
-            packed.panel(group, panel) + ky * conv.kernel * tap_elements};
-      }
-    }
+    const int64_t valid = panels.valid(panel), tap_elements = packed.terms * vecs * kLanes;
     T* target = dx + iy * conv.width * conv.in_channels + group * conv.group_in() + panels.start(panel);
     // Columns ix = v * stride + q - padding of one remainder q are reached by the taps kx = q + j * stride, from the
     // output columns v - j.
     for (int64_t q = 0; q < conv.stride; ++q) {
       const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
       const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
-      int64_t count = 0;
-      std::pair<int64_t, int64_t> columns(0, 0); // j that `runs` are for
-      for_row_tiles((v1 - v0) * conv.batch, conv.batch, vecs, [&](int64_t row, int rows) {
-        const int64_t first = v0 + row / conv.batch, last = v0 + (row + rows - 1) / conv.batch;
-        const std::pair inside_image(
-            std::max<int64_t>(first - conv.out_width + 1, 0),
-            std::min(last + 1, ceil_div(conv.kernel - q, conv.stride)));
-        if (inside_image != columns) {
-          columns = inside_image;
-          count = 0;
-          for (int64_t w = 0; w < window_rows; ++w) {
-            for (int64_t j = columns.first; j < columns.second; ++j) {
-              runs[count++] = {
-                  window[w].a + (left + v0 - j) * conv.batch * conv.out_channels,
-                  window[w].b + (q + j * conv.stride) * tap_elements,
-                  packed.terms};
+      Line line{(v1 - v0) * conv.batch, conv.batch, vecs, {conv.out_channels, 1, vecs * kLanes}, packed.terms, {}, {}};
+      for (int64_t k = q, j = 0; k < conv.kernel; k += conv.stride, ++j) {
+        line.columns.push_back({-j * conv.batch * conv.out_channels, k * tap_elements});
+      }
+      for (int64_t k = 0; k < conv.kernel; ++k) {
+        const int64_t reached = iy + conv.padding - k;
+        if (reached >= 0 && reached % conv.stride == 0 && reached / conv.stride < conv.out_height) {
+          const int64_t pixel = reached / conv.stride * grad_line + (left + v0) * conv.batch;
+          line.window.push_back(
+              {grad + pixel * conv.out_channels + group * conv.group_out(),
+               packed.panel(group, panel) + k * conv.kernel * tap_elements});
+        }
+      }
+      // Row by row: an image's pixels lie far from the next image's, too far for the processor to fetch them before they
+      // are written.
+      std::array<T*, kTileSums> pixels;
+      line.multiply(
+          [&](int64_t first, int64_t last) {
+            return std::pair(
+                std::max<int64_t>(v0 + first - conv.out_width + 1, 0),
+                std::min(v0 + last + 1, static_cast<int64_t>(line.columns.size())));
+          },
+          [&](RowPosition position, int height) {
+            for (int m = 0; m < height; ++m, position.advance(1)) {
+              const int64_t column = (v0 + position.pixel) * conv.stride + q - conv.padding;
+              pixels[m] = target + position.image * image_elements + column * conv.in_channels;
+              __builtin_prefetch(pixels[m], 1);
             }
-          }
-        }
-        strided_gemm(rows, vecs, runs.data(), count, row * conv.out_channels, strides, false, tile);
-        // Row by row: an image's pixels lie far from the next image's.
-        int64_t column = first * conv.stride + q - conv.padding, image = row % conv.batch;
-        for (int m = 0; m < rows; ++m) {
-          T* pixel = target + (image * conv.height * conv.width + column) * conv.in_channels;
-          store_tile(tile + m * vecs * kLanes, 1, vecs, panels.valid(panel), pixel, 0);
-          if (++image == conv.batch) {
-            image = 0;
-            column += conv.stride;
-          }
-        }
-      });
+          },
+          [&](const float* tile, int64_t, int height) {
+            for (int m = 0; m < height; ++m) {
+              store_tile(tile + m * vecs * kLanes, 1, vecs, valid, pixels[m], 0);
+            }
+          });
     }
   });
 }
@@ -315,17 +362,23 @@ void trained_conv_backward_weight(
   const ColumnPanels panels(conv.group_in());
   const int64_t phase_line = conv.phase_width * conv.batch;
   const int64_t grad_line = conv.gradient_width * conv.batch;
-  const int64_t chunk = ceil_div(kWeightTerms, conv.out_width * conv.batch); // output lines
+  // A chunk of the output: lines, or a part of one. What several taps read of it stays in the first-level cache.
+  const int64_t chunk = ceil_div(kWeightTerms, conv.out_width * conv.batch); // lines
+  const int64_t parts = chunk > 1 ? 1 : ceil_div(conv.out_width * conv.batch, kWeightTerms);
+  const int64_t part_width = ceil_div(conv.out_width, parts);
   const Strides strides{1, conv.out_channels, conv.in_channels};
   const bool in_place = grad_weight.scalar_type() == at::kFloat;
   at::Tensor sums = in_place ? grad_weight : empty_like(grad_weight, grad_weight.options().dtype(at::kFloat));
   float* target = sums.data_ptr<float>();
   const int64_t out_stride = sums.stride(0), in_stride = sums.stride(1);
-  const int64_t row_stride = sums.stride(2), column_stride = sums.stride(3);
   std::vector<std::pair<int64_t, int64_t>> inside_columns, inside_rows; // of each tap
+  std::vector<int64_t> tap_offsets; // in the sums
   for (int64_t k = 0; k < conv.kernel; ++k) {
     inside_columns.push_back(inside(k, conv.width, conv.out_width, conv));
     inside_rows.push_back(inside(k, conv.height, conv.out_height, conv));
+    for (int64_t kx = 0; kx < conv.kernel; ++kx) {
+      tap_offsets.push_back(k * sums.stride(2) + kx * sums.stride(3));
+    }
   }
   // A unit is a tile; unit = (group, tap, tile) of one panel, the tile of rows fastest.
   const auto tiles_of = [&](int vecs) { return ceil_div(conv.group_out(), max_tile_rows(vecs)); };
@@ -334,20 +387,37 @@ void trained_conv_backward_weight(
   parallel_tasks(panels.count * pieces, [&](int64_t task) {
     const int64_t p = task / pieces;
     const int vecs = panels.width_vecs(p);
+    const int64_t start = panels.start(p), valid = panels.valid(p);
     const int64_t tiles = tiles_of(vecs), units = conv.groups * tiles * conv.taps();
     const int64_t tile_elements = max_tile_rows(vecs) * vecs * kLanes;
-    const auto row_of = [&](int64_t tile) { return conv.group_out() * tile / tiles; };
-    const auto sum_units = [&](int64_t begin, int64_t end, float* sum, std::vector<Run>& runs) {
-      for (int64_t y = 0; y < conv.out_height; y += chunk) {
-        int64_t count = 0, runs_for = -1; // the (group, tap) of `runs`
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t t = unit % tiles, group_tap = unit / tiles;
-          if (group_tap != runs_for) {
-            runs_for = group_tap;
+    c10::SmallVector<int64_t, kUsualTiles> row_of(tiles + 1);
+    for (int64_t t = 0; t <= tiles; ++t) {
+      row_of[t] = conv.group_out() * t / tiles;
+    }
+    // Calls body(tile of the panel, its sum, group, tap) for units [begin, end), without a division for each.
+    const auto for_units = [&](int64_t begin, int64_t end, float* sum, const auto& body) {
+      int64_t t = begin % tiles, tap = begin / tiles % conv.taps(), group = begin / tiles / conv.taps();
+      for (int64_t unit = begin; unit < end; ++unit, sum += tile_elements) {
+        body(t, sum, group, tap);
+        if (++t == tiles) {
+          t = 0;
+          if (++tap == conv.taps()) {
+            tap = 0, ++group;
+          }
+        }
+      }
+    };
+    const auto sum_units = [&](int64_t begin, int64_t end, float* sums, std::vector<Run>& runs) {
+      for (int64_t c = 0; c < ceil_div(conv.out_height, chunk) * parts; ++c) {
+        const int64_t y = c / parts * chunk, part = c % parts * part_width;
+        int64_t count = 0, runs_for = -1; // the tap and group of `runs`
+        for_units(begin, end, sums, [&](int64_t t, float* sum, int64_t group, int64_t tap) {
+          if (group * conv.taps() + tap != runs_for) {
+            runs_for = group * conv.taps() + tap;
             count = 0;
-            const int64_t tap = group_tap % conv.taps(), group = group_tap / conv.taps();
             const int64_t ky = tap / conv.kernel, kx = tap % conv.kernel;
-            const auto [x0, x1] = inside_columns[kx];
+            const int64_t x0 = std::max(inside_columns[kx].first, part);
+            const int64_t x1 = std::min(inside_columns[kx].second, part + part_width);
             const auto [y0, y1] = inside_rows[ky];
             for (int64_t oy = std::max(y, y0); oy < std::min(y + chunk, y1) && x0 < x1; ++oy) {
               const int64_t iy = oy * conv.stride - conv.padding + ky;
@@ -356,35 +426,32 @@ void trained_conv_backward_weight(
                   (iy * conv.stride + kx % conv.stride) * phase_line + (x0 + kx / conv.stride) * conv.batch;
               runs[count++] = {
                   grad + from * conv.out_channels + group * conv.group_out(),
-                  padded + pixel * conv.in_channels + group * conv.group_in() + panels.start(p),
+                  padded + pixel * conv.in_channels + group * conv.group_in() + start,
                   (x1 - x0) * conv.batch};
             }
           }
-          if (count > 0 || y == 0) {
-            const int rows = static_cast<int>(row_of(t + 1) - row_of(t));
-            float* tile = sum + (unit - begin) * tile_elements;
-            strided_gemm(rows, vecs, runs.data(), count, row_of(t), strides, y > 0, tile);
+          if (count > 0 || c == 0) {
+            const int rows = static_cast<int>(row_of[t + 1] - row_of[t]);
+            strided_gemm(rows, vecs, runs.data(), count, row_of[t], strides, c > 0, sum);
           }
-        }
+        });
       }
     };
-    const auto store_units = [&](int64_t begin, int64_t end, const float* sum) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t t = unit % tiles, tap = unit / tiles % conv.taps(), group = unit / tiles / conv.taps();
-        const float* tile = sum + (unit - begin) * tile_elements;
-        const int64_t o0 = group * conv.group_out() + row_of(t), o1 = group * conv.group_out() + row_of(t + 1);
-        for (int64_t o = o0; o < o1; ++o, tile += vecs * kLanes) {
-          float* to = target + o * out_stride + panels.start(p) * in_stride + tap / conv.kernel * row_stride +
-              tap % conv.kernel * column_stride;
-          if (in_stride == 1) {
-            copy_row(tile, panels.valid(p), to);
-            continue;
-          }
-          for (int64_t i = 0; i < panels.valid(p); ++i) {
+    const auto store_units = [&](int64_t begin, int64_t end, float* sums) {
+      for_units(begin, end, sums, [&](int64_t t, const float* tile, int64_t group, int64_t tap) {
+        float* to = target + (group * conv.group_out() + row_of[t]) * out_stride + start * in_stride +
+            tap_offsets[tap];
+        const int rows = static_cast<int>(row_of[t + 1] - row_of[t]);
+        if (in_stride == 1) {
+          store_tile(tile, rows, vecs, valid, to, out_stride);
+          return;
+        }
+        for (int64_t m = 0; m < rows; ++m, to += out_stride, tile += vecs * kLanes) {
+          for (int64_t i = 0; i < valid; ++i) {
             to[i * in_stride] = tile[i];
           }
         }
-      }
+      });
     };
     const int64_t begin = units * (task % pieces) / pieces, end = units * (task % pieces + 1) / pieces;
     const int64_t held = std::min(std::max<int64_t>(kHeldSums / tile_elements, 1), std::max<int64_t>(end - begin, 1));

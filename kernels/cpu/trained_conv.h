@@ -71,15 +71,20 @@ void trained_conv_backward_weight(
 // Rows of a 1x1 convolution, panels of at most kTileVecs vectors.
 struct ColumnPanels {
   int64_t columns, vecs, count;
+  int64_t narrow, wider; // vectors of every panel, and how many of the panels have one more
 
   explicit ColumnPanels(int64_t columns)
-      : columns(columns), vecs(ceil_div(columns, kLanes)), count(ceil_div(vecs, kTileVecs)) {}
+      : columns(columns),
+        vecs(ceil_div(columns, kLanes)),
+        count(ceil_div(vecs, kTileVecs)),
+        narrow(vecs / count),
+        wider(vecs % count) {}
 
   int width_vecs(int64_t panel) const {
-    return static_cast<int>(vecs / count + (panel < vecs % count ? 1 : 0));
+    return static_cast<int>(narrow + (panel < wider ? 1 : 0));
   }
   int64_t start(int64_t panel) const { // first column
-    return (vecs / count * panel + std::min(panel, vecs % count)) * kLanes;
+    return (narrow * panel + std::min(panel, wider)) * kLanes;
   }
   int64_t padded() const {
     return vecs * kLanes;
@@ -110,22 +115,40 @@ void for_row_tiles(int64_t rows, int64_t unit, int vecs, const Body& body) {
     }
     return;
   }
-  const int64_t tiles = ceil_div(rows, most);
-  for (int64_t t = 0; t < tiles; ++t) {
-    body(rows * t / tiles, static_cast<int>(rows * (t + 1) / tiles - rows * t / tiles));
+  const int64_t tiles = ceil_div(rows, most), low = rows / std::max<int64_t>(tiles, 1), higher = rows - low * tiles;
+  for (int64_t t = 0, r = 0; t < tiles; ++t) {
+    const int64_t height = low + (t < higher ? 1 : 0);
+    body(r, static_cast<int>(height));
+    r += height;
   }
 }
 
-// target[m * stride + n] = tile[m][n] for n < valid.
-template <class T>
-void store_tile(const float* tile, int rows, int vecs, int64_t valid, T* target, int64_t stride) {
-  for (int m = 0; m < rows; ++m) {
-    for (int v = 0; v < vecs; ++v) {
-      const int64_t count = valid - v * kLanes;
-      if (count > 0) {
-        store_channels(target + m * stride + v * kLanes, Vec::loadu(tile + (m * vecs + v) * kLanes), count);
-      }
+// Which pixel and which image a row is of, for rows that follow each other.
+struct RowPosition {
+  int64_t batch, pixel = 0, image = 0;
+
+  void advance(int64_t rows) {
+    for (image += rows; image >= batch; image -= batch) {
+      ++pixel;
     }
+  }
+  RowPosition after(int64_t rows) const {
+    RowPosition position = *this;
+    position.advance(rows);
+    return position;
+  }
+};
+
+// target[m * stride + n] = tile[m][n] for n < valid; all vectors but the last are whole.
+template <class T>
+TINYTL_INLINE void store_tile(const float* tile, int rows, int vecs, int64_t valid, T* target, int64_t stride) {
+  const int64_t last = valid - (vecs - 1) * kLanes;
+  for (int m = 0; m < rows; ++m, target += stride) {
+    for (int v = 1; v < vecs; ++v, tile += kLanes) {
+      store_channels(target + (v - 1) * kLanes, Vec::loadu(tile));
+    }
+    store_channels(target + (vecs - 1) * kLanes, Vec::loadu(tile), last);
+    tile += kLanes;
   }
 }
 

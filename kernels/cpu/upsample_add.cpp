@@ -38,18 +38,27 @@ struct Axis {
   }
 };
 
-// The same seen from the other side: in position i is read by `shares[i]` out positions from `first[i]` on.
+// The same seen from the other side: in position i is read by count[i] out positions from first[i] on.
 struct Readers {
-  std::vector<int64_t> first;
-  std::vector<std::vector<float>> shares;
+  std::vector<int64_t> first, count;
+  std::vector<float> all_shares;
+  int64_t most = 0;
 
-  Readers(const Axis& axis, int64_t in) : first(in), shares(in) {
+  Readers(const Axis& axis, int64_t in) : first(in), count(in) {
     for (int64_t i = 0; i < in; ++i) {
       first[i] = axis.begin(i);
-      for (int64_t o = first[i]; o < axis.end(i); ++o) {
-        shares[i].push_back(axis.share(o, i));
+      count[i] = axis.end(i) - first[i];
+      most = std::max(most, count[i]);
+    }
+    all_shares.resize(in * most);
+    for (int64_t i = 0; i < in; ++i) {
+      for (int64_t j = 0; j < count[i]; ++j) {
+        all_shares[i * most + j] = axis.share(first[i] + j, i);
       }
     }
+  }
+  at::ArrayRef<float> shares(int64_t i) const {
+    return {all_shares.data() + i * most, static_cast<size_t>(count[i])};
   }
 };
 
@@ -157,7 +166,7 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
       for (int64_t line = begin; line < end; ++line) {
         const int64_t image = line / branch_height, row = line % branch_height;
         const T* from = source + (image * height + rows.first[row]) * width * channels;
-        const auto& row_shares = rows.shares[row];
+        const auto row_shares = rows.shares(row);
         for (int64_t column = 0; column < width; ++column) {
           for (int64_t c = 0; c < channels; c += kLanes) {
             Vec sum(0.f);
@@ -171,11 +180,12 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
         }
         for (int64_t column = 0; column < branch_width; ++column) {
           const float* first = combined + columns.first[column] * padded;
+          const auto column_shares = columns.shares(column);
           T* to = target + (line * branch_width + column) * channels;
           for (int64_t c = 0; c < channels; c += kLanes) {
             Vec sum(0.f);
             const float* value = first + c;
-            for (const float share : columns.shares[column]) {
+            for (const float share : column_shares) {
               sum = at::vec::fmadd(Vec::loadu(value), Vec(share), sum);
               value += padded;
             }
