@@ -282,8 +282,9 @@ struct StemBlock : Function<StemBlock> {
   }
 };
 
+// lite_branch or, with `main`, the sum of it, upsampled, and `main`: in `main` itself, which nobody has kept.
 struct LiteBranch : Function<LiteBranch> {
-  static constexpr int kArguments = 19;
+  static constexpr int kArguments = 20;
 
   static variable_list forward(
       AutogradContext* ctx,
@@ -305,17 +306,25 @@ struct LiteBranch : Function<LiteBranch> {
       int64_t norm_groups2,
       double eps1,
       double eps2,
-      bool keep_conv) {
+      bool keep_conv,
+      const OptionalTensor& main) {
     Edges edges;
     const int64_t to_pooled = edges.of(pooled), to_weight1 = edges.of(weight1);
     const int64_t to_scale1 = edges.of(norm_weight1), to_bias1 = edges.of(norm_bias1);
     edges.of(running_mean1);
     edges.of(running_var1);
     const int64_t to_weight2 = edges.of(weight2), to_scale2 = edges.of(norm_weight2), to_bias2 = edges.of(norm_bias2);
+    edges.of(running_mean2);
+    edges.of(running_var2);
+    const int64_t to_main = edges.of(main);
     TINYTL_RECORDED("lite_branch_forward");
     auto [out, conv, statistics1, statistics2] = lite_branch_forward(
         pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
-        running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2);
+        running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2, main);
+    if (main.has_value()) {
+      out = *main;
+      ctx->mark_dirty({out});
+    }
     if (!keep_conv) {
       conv = empty_tensor({0}, pooled.options());
     }
@@ -323,9 +332,10 @@ struct LiteBranch : Function<LiteBranch> {
         {pooled, conv, statistics1, statistics2, weight1, or_undefined(norm_weight1), or_undefined(norm_bias1), weight2,
          or_undefined(norm_weight2)});
     ctx->saved_data["edges"] =
-        std::vector<int64_t>{to_pooled, to_weight1, to_scale1, to_bias1, to_weight2, to_scale2, to_bias2};
+        std::vector<int64_t>{to_pooled, to_weight1, to_scale1, to_bias1, to_weight2, to_scale2, to_bias2, to_main};
     ctx->saved_data["options"] = std::vector<int64_t>{
-        stride, groups, norm_groups1, norm_groups2, !running_mean1.has_value(), !running_mean2.has_value()};
+        stride,       groups, norm_groups1, norm_groups2, !running_mean1.has_value(), !running_mean2.has_value(),
+        main.has_value()};
     ctx->saved_data["eps"] = std::vector<double>{eps1, eps2};
     ctx->saved_data["activation"] = activation;
     ctx->set_materialize_grads(false);
@@ -341,14 +351,23 @@ struct LiteBranch : Function<LiteBranch> {
     auto& data = ctx->saved_data;
     const auto options = data["options"].toIntVector();
     const auto eps = data["eps"].toDoubleVector();
-    const auto need = needed<7>(ctx);
-    TINYTL_RECORDED("lite_branch_backward");
-    const auto gradients = lite_branch_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], or_none(saved[5]), or_none(saved[6]), saved[7],
-        or_none(saved[8]), options[0], options[1], data["activation"].toStringRef(), options[2], options[3], eps[0],
-        eps[1], options[4] != 0, options[5] != 0, need);
-    constexpr std::array kPlaces{0, 1, 2, 3, 6, 7, 8};
-    return once("lite_branch", by_argument(kArguments, gradients, kPlaces, need), grads);
+    const auto [need_input, need_weight1, need_scale1, need_bias1, need_weight2, need_scale2, need_bias2, need_main] =
+        needed<8>(ctx);
+    const std::array need{need_input, need_weight1, need_scale1, need_bias1, need_weight2, need_scale2, need_bias2};
+    variable_list results(kArguments);
+    if (std::find(need.begin(), need.end(), true) != need.end()) {
+      TINYTL_RECORDED("lite_branch_backward");
+      const auto gradients = lite_branch_backward(
+          grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], or_none(saved[5]), or_none(saved[6]), saved[7],
+          or_none(saved[8]), options[0], options[1], data["activation"].toStringRef(), options[2], options[3], eps[0],
+          eps[1], options[4] != 0, options[5] != 0, need, options[6] != 0);
+      constexpr std::array kPlaces{0, 1, 2, 3, 6, 7, 8};
+      results = once("lite_branch", by_argument(kArguments, gradients, kPlaces, need), grads);
+    }
+    if (need_main) {
+      results[kArguments - 1] = grads[0];
+    }
+    return results;
   }
 };
 
@@ -370,20 +389,6 @@ struct UpsampleAdd : Function<UpsampleAdd> {
       results[0] = grads[0];
     }
     return results;
-  }
-};
-
-// The same sum in `main` itself, which nobody has kept.
-struct UpsampleAddInPlace : Function<UpsampleAddInPlace> {
-  static at::Tensor forward(AutogradContext* ctx, at::Tensor main, const at::Tensor& branch) {
-    ctx->saved_data["branch_size"] = branch.sizes().vec();
-    ctx->mark_dirty({main});
-    TINYTL_RECORDED("upsample_add_");
-    upsample_add_(main, branch);
-    return main;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return UpsampleAdd::backward(ctx, grads);
   }
 };
 
@@ -517,16 +522,45 @@ at::Tensor block_chain(
     const variable_list branch = LiteBranch::apply(
         block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
         running_mean2, running_var2, branch_stride, groups, next.activation(), norm_groups1, norm_groups2, eps1, eps2,
-        keep_conv);
+        keep_conv, OptionalTensor(block[0]));
+    const auto pooled_length = [&](int64_t side) { return (block[3].size(side) - 1) / branch_stride + 1; };
+    const int64_t values = block[3].size(0) * pooled_length(2) * pooled_length(3);
     block[3].reset(); // a frozen branch does not keep it
-    const int64_t values = branch[0].numel() / branch[0].size(1);
     for (const at::Tensor& statistics : {branch[2], branch[3]}) {
       const double momentum = next.real();
       track(next.running(next.number()), momentum, statistics, values);
     }
-    output = UpsampleAddInPlace::apply(block[0], branch[0]);
+    output = branch[0];
   }
   return output;
+}
+
+// LiteBranch by itself.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch(
+    const at::Tensor& pooled,
+    const at::Tensor& weight1,
+    const OptionalTensor& norm_weight1,
+    const OptionalTensor& norm_bias1,
+    const OptionalTensor& running_mean1,
+    const OptionalTensor& running_var1,
+    const at::Tensor& weight2,
+    const OptionalTensor& norm_weight2,
+    const OptionalTensor& norm_bias2,
+    const OptionalTensor& running_mean2,
+    const OptionalTensor& running_var2,
+    int64_t stride,
+    int64_t groups,
+    const std::string& activation,
+    int64_t norm_groups1,
+    int64_t norm_groups2,
+    double eps1,
+    double eps2,
+    bool keep_conv) {
+  const variable_list outputs = LiteBranch::apply(
+      pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
+      running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2, keep_conv,
+      OptionalTensor());
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
 // What torch.ops calls: the arguments of F::forward after its context.
@@ -568,7 +602,7 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2, "
       "Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, int norm_groups2, float eps1, "
       "float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
-      TORCH_FN(Call<LiteBranch>::call));
+      TORCH_FN(lite_branch));
   m.def(
       "block_chain(Tensor input, Tensor?[] tensors, int[] numbers, float[] reals, str[] activations, "
       "Tensor(a!)[] running) -> Tensor",

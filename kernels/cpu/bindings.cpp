@@ -82,17 +82,16 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "lite_branch_forward(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, "
       "Tensor? running_mean1, Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, "
       "Tensor? running_mean2, Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, "
-      "int norm_groups2, float eps1, float eps2) -> "
+      "int norm_groups2, float eps1, float eps2, Tensor(a!)? main=None) -> "
       "(Tensor out, Tensor conv, Tensor statistics1, Tensor statistics2)");
   m.def(
       "lite_branch_backward(Tensor grad_output, Tensor pooled, Tensor conv, Tensor statistics1, Tensor statistics2, "
       "Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor weight2, Tensor? norm_weight2, int stride, "
       "int groups, str activation, int norm_groups1, int norm_groups2, float eps1, float eps2, bool of_batch1, "
-      "bool of_batch2, bool[7] needed) -> "
+      "bool of_batch2, bool[7] needed, bool added=False) -> "
       "(Tensor grad_pooled, Tensor grad_weight1, Tensor grad_norm_weight1, Tensor grad_norm_bias1, "
       "Tensor grad_weight2, Tensor grad_norm_weight2, Tensor grad_norm_bias2)");
   m.def("upsample_add_forward(Tensor main, Tensor branch) -> Tensor");
-  m.def("upsample_add_(Tensor(a!) main, Tensor branch) -> ()");
   m.def("upsample_add_backward(Tensor grad_output, int[4] branch_size) -> Tensor");
   // Bytes of scratch.h that the kernels have asked for since reset_scratch_bytes(), all threads together.
   m.def("scratch_bytes() -> int", [] { return scratch_count.bytes.load(); });
@@ -128,7 +127,6 @@ TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(lite_branch_forward);
   TINYTL_IMPL(lite_branch_backward);
   TINYTL_IMPL(upsample_add_forward);
-  TINYTL_IMPL(upsample_add_);
   TINYTL_IMPL(upsample_add_backward);
 }
 

@@ -16,11 +16,15 @@ namespace tinytl::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// at::empty, at::zeros and at::empty_like, whose own headers take a compiler four seconds in every file.
+// at::empty, at::zeros and at::empty_like without the dispatcher; their own headers take a compiler four seconds in every
+// file.
 at::Tensor empty_tensor(
     at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format = std::nullopt);
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options = {});
+
+// The tensor itself where it is float32.
+at::Tensor as_float(const at::Tensor& tensor);
 
 // What is added to a result of `size`, in channels_last; undefined where there is nothing to add.
 at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at::ScalarType dtype);

@@ -9,7 +9,8 @@
 namespace tinytl::cpu {
 
 // norm_groups: 0 for a BatchNorm, else the groups of a GroupNorm. running_mean, running_var: a BatchNorm in eval mode.
-// conv: (H', W', N, C_inner); statistics: (2, C) or (2, N * norm_groups), mean and biased variance.
+// conv: (H', W', N, C_inner); statistics: (2, C) or (2, N * norm_groups), mean and biased variance. main: what the
+// upsampled result is added to in its place, channels_last; out is empty then.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward( // (out, conv, statistics1, statistics2)
     const at::Tensor& pooled,
     const at::Tensor& weight1,
@@ -28,10 +29,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward( 
     int64_t norm_groups1,
     int64_t norm_groups2,
     double eps1,
-    double eps2);
+    double eps2,
+    const OptionalTensor& main = std::nullopt);
 
 // conv: as the forward returned it, or empty: computed again. batch1, batch2: the statistics are of this batch.
-// needed and the result: pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2.
+// added: grad_output is of the upsampled sum. needed and the result: pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_backward(
     const at::Tensor& grad_output,
     const at::Tensor& pooled,
@@ -52,6 +54,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double eps2,
     bool batch1,
     bool batch2,
-    std::array<bool, 7> needed);
+    std::array<bool, 7> needed,
+    bool added = false);
 
 } // namespace tinytl::cpu

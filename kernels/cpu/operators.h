@@ -169,7 +169,6 @@ at::Tensor avg_pool2d_backward( // grad_input
 
 // upsample_add.cpp
 at::Tensor upsample_add_forward(const at::Tensor& main, const at::Tensor& branch); // out
-void upsample_add_(at::Tensor& main, const at::Tensor& branch);
 at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef branch_size); // grad_branch
 
 } // namespace tinytl::cpu

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
+#include <initializer_list>
 
 namespace tinytl::cpu {
 
@@ -45,6 +47,34 @@ void parallel_tasks(int64_t count, const Body& body) {
       }
     }
   });
+}
+
+// Work in pieces that do not depend on each other: run(task) for tasks [0, count).
+struct Tasks {
+  int64_t count = 0;
+  std::function<void(int64_t)> run;
+};
+
+// All of it, whatever comes first: threads wait for each other once.
+inline void parallel_tasks(std::initializer_list<Tasks> lists) {
+  int64_t count = 0;
+  for (const Tasks& list : lists) {
+    count += list.count;
+  }
+  parallel_tasks(count, [&](int64_t task) {
+    for (const Tasks& list : lists) {
+      if (task < list.count) {
+        return list.run(task);
+      }
+      task -= list.count;
+    }
+  });
+}
+
+// body(begin, end) for pieces of `grain` of [0, end), as tasks.
+template <class Body>
+Tasks pieces_of(int64_t end, int64_t grain, const Body& body) {
+  return {ceil_div(end, grain), [=](int64_t task) { body(task * grain, std::min((task + 1) * grain, end)); }};
 }
 
 // Pieces that a thread takes, about, where the work can be cut as finely as one likes.

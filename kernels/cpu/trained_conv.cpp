@@ -1,8 +1,6 @@
 // See trained_conv.h.
 #include "trained_conv.h"
 
-#include "parallel.h"
-
 #include <c10/util/SmallVector.h>
 
 #include <array>
@@ -42,95 +40,17 @@ struct Unit {
   int64_t group, panel, row;
 };
 
-// One weight as a (columns x terms) matrix per group and tap, packed as [group][panel][tap][term][column].
-struct PackedWeight {
-  int64_t groups, taps, terms;
-  ColumnPanels panels;
-  at::Tensor storage;
-
-  PackedWeight(const TrainedConv& conv, const at::Tensor& weight, bool transposed)
-      : groups(conv.groups),
-        taps(conv.taps()),
-        terms(transposed ? conv.group_out() : conv.group_in()),
-        panels(transposed ? conv.group_in() : conv.group_out()) {
-    // (O, k, k, I / groups): eight out channels at a time are read from their first number to their last. A weight comes
-    // from memory, and that many streams the processor sees coming.
-    const at::Tensor source = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
-    const int64_t channels = conv.group_out(), row = taps * conv.group_in();
-    storage = empty_tensor({groups * taps * terms * panels.padded()}, at::kFloat);
-    const int64_t strips = ceil_div(channels, kLanes);
-    parallel_pieces(0, groups * strips, ceil_div(16384, kLanes * row), [&](int64_t begin, int64_t end) {
-      for (int64_t strip = begin; strip < end; ++strip) {
-        const int64_t group = strip / strips, first = strip % strips * kLanes;
-        const float* rows = source.data_ptr<float>() + (group * channels + first) * row;
-        const int64_t count = std::min<int64_t>(kLanes, channels - first);
-        if (transposed) {
-          pack_terms(rows, count, row / taps, group, first);
-        } else {
-          pack_columns(rows, count, row, group, first);
-        }
-      }
-    });
-  }
-
-  // Out channels that are columns: `count` rows become a part of a panel's rows.
-  void pack_columns(const float* rows, int64_t count, int64_t row, int64_t group, int64_t first) {
-    int64_t p = 0;
-    while (first >= panels.start(p) + panels.width_vecs(p) * kLanes) {
-      ++p;
-    }
-    const int64_t width = panels.width_vecs(p) * kLanes;
-    float* to = data(group, p) + first - panels.start(p);
-    if (count == kLanes) {
-      transpose(rows, row, to, width, kLanes, row);
-      return;
-    }
-    constexpr int64_t kPiece = 64; // with rows of zeros below the last
-    float piece[kLanes * kPiece] = {};
-    for (int64_t begin = 0; begin < row; begin += kPiece) {
-      const int64_t columns = std::min(kPiece, row - begin);
-      for (int64_t m = 0; m < count; ++m) {
-        copy_row(rows + m * row + begin, columns, piece + m * kPiece);
-      }
-      transpose(piece, kPiece, to + begin * width, width, kLanes, columns);
-    }
-  }
-
-  // Out channels that are terms: `count` rows, of `columns` numbers a tap, become rows of every panel.
-  void pack_terms(const float* rows, int64_t count, int64_t columns, int64_t group, int64_t first) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        const int64_t width = panels.width_vecs(p) * kLanes, valid = panels.valid(p);
-        float* to = data(group, p) + (tap * terms + first) * width;
-        for (int64_t k = 0; k < count; ++k, to += width) {
-          copy_row(rows + (k * taps + tap) * columns + panels.start(p), valid, to);
-          std::fill(to + valid, to + width, 0.f);
-        }
-      }
-    }
-  }
-
-  int64_t offset(int64_t group, int64_t panel) const {
-    return (group * panels.padded() + panels.start(panel)) * taps * terms;
-  }
-  float* data(int64_t group, int64_t panel) {
-    return storage.data_ptr<float>() + offset(group, panel);
-  }
-  const float* panel(int64_t group, int64_t panel) const {
-    return storage.data_ptr<float>() + offset(group, panel);
-  }
-  // Calls body(unit) for `rows` rows of pixels. A thread keeps its rows from kernel to kernel; of a large weight it
-  // keeps its part instead.
-  template <class Body>
-  void for_units(int64_t rows, const Body& body) const {
-    const bool rows_outermost = storage.numel() * static_cast<int64_t>(sizeof(float)) <= kSmallWeight;
-    const int64_t parts = groups * panels.count;
-    parallel_tasks(parts * rows, [&](int64_t task) {
-      const int64_t part = rows_outermost ? task % parts : task / rows;
-      body(Unit{part / panels.count, part % panels.count, rows_outermost ? task / parts : task % rows});
-    });
-  }
-};
+// A task for every part of the weight and each of `rows` rows of pixels. A thread keeps its rows from kernel to kernel;
+// of a large weight it keeps its part instead.
+template <class Body>
+Tasks unit_tasks(const PackedWeight& weight, int64_t rows, const Body& body) {
+  const bool rows_outermost = weight.bytes() <= kSmallWeight;
+  const int64_t panels = weight.panels.count, parts = weight.groups * panels;
+  return {parts * rows, [=](int64_t task) {
+    const int64_t part = rows_outermost ? task % parts : task / rows;
+    body(Unit{part / panels, part % panels, rows_outermost ? task / parts : task % rows});
+  }};
+}
 
 // Output positions [first, last) along one side at which tap k falls inside the image.
 std::pair<int64_t, int64_t> inside(int64_t k, int64_t length, int64_t positions, const TrainedConv& conv) {
@@ -211,31 +131,93 @@ TrainedConv::TrainedConv(at::IntArrayRef input, const at::Tensor& weight, int64_
   gradient_width = left + out_width + right;
 }
 
+PackedWeight::PackedWeight(const TrainedConv& conv, const at::Tensor& weight, bool transposed)
+    : groups(conv.groups),
+      taps(conv.taps()),
+      terms(transposed ? conv.group_out() : conv.group_in()),
+      panels(transposed ? conv.group_in() : conv.group_out()),
+      source_(as_float(weight).contiguous(at::MemoryFormat::ChannelsLast)),
+      in_channels_(conv.group_in()),
+      out_channels_(conv.group_out()),
+      transposed_(transposed),
+      packed_(groups * taps * terms * panels.padded()) {}
+
+Tasks PackedWeight::packing() {
+  // (O, k, k, I / groups): a vector's number of out channels at a time are read from their first number to their last. A
+  // weight comes from memory, and that many streams the processor sees coming.
+  const int64_t strips = ceil_div(out_channels_, kLanes), row = taps * in_channels_;
+  return pieces_of(groups * strips, std::max<int64_t>(8192 / (kLanes * row), 1), [=, this](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t group = strip / strips, first = strip % strips * kLanes;
+      const float* rows = source_.data_ptr<float>() + (group * out_channels_ + first) * row;
+      const int64_t count = std::min<int64_t>(kLanes, out_channels_ - first);
+      transposed_ ? pack_terms(rows, count, group, first) : pack_columns(rows, count, group, first);
+    }
+  });
+}
+
+// Out channels that are columns: `count` rows become a part of a panel's rows.
+void PackedWeight::pack_columns(const float* rows, int64_t count, int64_t group, int64_t first) {
+  int64_t p = 0;
+  while (first >= panels.start(p) + panels.width_vecs(p) * kLanes) {
+    ++p;
+  }
+  const int64_t width = panels.width_vecs(p) * kLanes, row = taps * in_channels_;
+  float* to = data(group, p) + first - panels.start(p);
+  if (count == kLanes) {
+    transpose(rows, row, to, width, kLanes, row);
+    return;
+  }
+  constexpr int64_t kPiece = 64; // with rows of zeros below the last
+  float piece[kLanes * kPiece] = {};
+  for (int64_t begin = 0; begin < row; begin += kPiece) {
+    const int64_t columns = std::min(kPiece, row - begin);
+    for (int64_t m = 0; m < count; ++m) {
+      copy_row(rows + m * row + begin, columns, piece + m * kPiece);
+    }
+    transpose(piece, kPiece, to + begin * width, width, kLanes, columns);
+  }
+}
+
+// Out channels that are terms: `count` rows become rows of every panel.
+void PackedWeight::pack_terms(const float* rows, int64_t count, int64_t group, int64_t first) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t width = panels.width_vecs(p) * kLanes, valid = panels.valid(p), start = panels.start(p);
+      float* to = data(group, p) + (tap * terms + first) * width;
+      for (int64_t k = 0; k < count; ++k, to += width) {
+        copy_row(rows + (k * taps + tap) * in_channels_ + start, valid, to);
+        std::fill(to + valid, to + width, 0.f);
+      }
+    }
+  }
+}
+
 TrainedPointwise::TrainedPointwise(const at::Tensor& weight, bool transposed)
-    : in_channels(weight.size(transposed ? 0 : 1)),
-      out_channels(weight.size(transposed ? 1 : 0)),
-      panels(out_channels),
-      packed(PackedWeight(TrainedConv({1, weight.size(1), 1, 1}, weight, 1, 1), weight, transposed).storage) {}
+    : in_channels_(weight.size(transposed ? 0 : 1)),
+      out_channels_(weight.size(transposed ? 1 : 0)),
+      weight_(TrainedConv({1, weight.size(1), 1, 1}, weight, 1, 1), weight, transposed) {}
 
 void TrainedPointwise::rows(const float* x, int64_t count, float* y) const {
   alignas(64) float tile[kTileElements];
+  const ColumnPanels& panels = weight_.panels;
   for (int64_t p = 0; p < panels.count; ++p) {
     const int vecs = panels.width_vecs(p);
     const int64_t start = panels.start(p), valid = panels.valid(p);
-    const Run run{x, packed.data_ptr<float>() + start * in_channels, in_channels};
-    const Strides strides{in_channels, 1, vecs * kLanes};
+    const Run run{x, weight_.panel(0, p), in_channels_};
+    const Strides strides{in_channels_, 1, vecs * kLanes};
     for_row_tiles(count, 1, vecs, [&](int64_t row, int rows) {
-      strided_gemm(rows, vecs, &run, 1, row * in_channels, strides, false, tile);
-      store_tile(tile, rows, vecs, valid, y + row * out_channels + start, out_channels);
+      strided_gemm(rows, vecs, &run, 1, row * in_channels_, strides, false, tile);
+      store_tile(tile, rows, vecs, valid, y + row * out_channels_ + start, out_channels_);
     });
   }
 }
 
 template <class T>
-void pad_input(const TrainedConv& conv, const T* input, float* padded) {
+Tasks pad_input(const TrainedConv& conv, const T* input, float* padded) {
   const int64_t channels = conv.in_channels, phase = conv.phase_width, pixel = conv.batch * channels;
   const int64_t grain = ceil_div(16384, std::max<int64_t>(conv.width * conv.batch * channels, 1));
-  parallel_pieces(0, conv.height, grain, [&](int64_t begin, int64_t end) {
+  return pieces_of(conv.height, grain, [=, &conv](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
       for (int64_t q = 0; q < conv.stride; ++q) {
         for (int64_t u = 0; u < phase; ++u) {
@@ -259,15 +241,14 @@ void pad_input(const TrainedConv& conv, const T* input, float* padded) {
 }
 
 template <class T>
-void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y) {
-  const PackedWeight packed(conv, weight, false);
-  const auto& panels = packed.panels;
+Tasks trained_conv_forward(const TrainedConv& conv, const float* padded, const PackedWeight& weight, T* y) {
   const int64_t rows = conv.out_width * conv.batch, phase_line = conv.phase_width * conv.batch;
-  packed.for_units(conv.out_height, [&](const Unit& unit) {
+  return unit_tasks(weight, conv.out_height, [=, &conv, &weight](const Unit& unit) {
+    const ColumnPanels& panels = weight.panels;
     const int64_t group = unit.group, panel = unit.panel, oy = unit.row;
     const int vecs = panels.width_vecs(panel);
-    const int64_t valid = panels.valid(panel), tap_elements = packed.terms * vecs * kLanes;
-    Line line{rows, conv.batch, vecs, {conv.in_channels, 1, vecs * kLanes}, packed.terms, {}, {}};
+    const int64_t valid = panels.valid(panel), tap_elements = weight.terms * vecs * kLanes;
+    Line line{rows, conv.batch, vecs, {conv.in_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
     for (int64_t k = 0; k < conv.kernel; ++k) {
       const int64_t column = k % conv.stride * phase_line + k / conv.stride * conv.batch;
       line.columns.push_back({column * conv.in_channels, k * tap_elements});
@@ -275,7 +256,7 @@ void trained_conv_forward(const TrainedConv& conv, const float* padded, const at
       if (iy >= 0 && iy < conv.height) {
         line.window.push_back(
             {padded + iy * conv.stride * phase_line * conv.in_channels + group * conv.group_in(),
-             packed.panel(group, panel) + k * conv.kernel * tap_elements});
+             weight.panel(group, panel) + k * conv.kernel * tap_elements});
       }
     }
     T* target = y + oy * rows * conv.out_channels + group * conv.group_out() + panels.start(panel);
@@ -293,22 +274,21 @@ void trained_conv_forward(const TrainedConv& conv, const float* padded, const at
 }
 
 template <class T>
-void trained_conv_backward_input(const TrainedConv& conv, const float* grad, const at::Tensor& weight, T* dx) {
-  const PackedWeight packed(conv, weight, true);
-  const auto& panels = packed.panels;
+Tasks trained_conv_backward_input(const TrainedConv& conv, const float* grad, const PackedWeight& weight, T* dx) {
   const int64_t grad_line = conv.gradient_width * conv.batch, left = conv.left;
   const int64_t image_elements = conv.height * conv.width * conv.in_channels;
-  packed.for_units(conv.height, [&](const Unit& unit) {
+  return unit_tasks(weight, conv.height, [=, &conv, &weight](const Unit& unit) {
+    const ColumnPanels& panels = weight.panels;
     const int64_t group = unit.group, panel = unit.panel, iy = unit.row;
     const int vecs = panels.width_vecs(panel);
-    const int64_t valid = panels.valid(panel), tap_elements = packed.terms * vecs * kLanes;
+    const int64_t valid = panels.valid(panel), tap_elements = weight.terms * vecs * kLanes;
     T* target = dx + iy * conv.width * conv.in_channels + group * conv.group_in() + panels.start(panel);
     // Columns ix = v * stride + q - padding of one remainder q are reached by the taps kx = q + j * stride, from the
     // output columns v - j.
     for (int64_t q = 0; q < conv.stride; ++q) {
       const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
       const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
-      Line line{(v1 - v0) * conv.batch, conv.batch, vecs, {conv.out_channels, 1, vecs * kLanes}, packed.terms, {}, {}};
+      Line line{(v1 - v0) * conv.batch, conv.batch, vecs, {conv.out_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
       for (int64_t k = q, j = 0; k < conv.kernel; k += conv.stride, ++j) {
         line.columns.push_back({-j * conv.batch * conv.out_channels, k * tap_elements});
       }
@@ -318,7 +298,7 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
           const int64_t pixel = reached / conv.stride * grad_line + (left + v0) * conv.batch;
           line.window.push_back(
               {grad + pixel * conv.out_channels + group * conv.group_out(),
-               packed.panel(group, panel) + k * conv.kernel * tap_elements});
+               weight.panel(group, panel) + k * conv.kernel * tap_elements});
         }
       }
       // Row by row: an image's pixels lie far from the next image's, too far for the processor to fetch them before they
@@ -346,17 +326,17 @@ void trained_conv_backward_input(const TrainedConv& conv, const float* grad, con
   });
 }
 
-void zero_padding(const TrainedConv& conv, float* grad) {
-  const int64_t pixel = conv.batch * conv.out_channels, line = conv.gradient_width * pixel;
-  const int64_t end = (conv.left + conv.out_width) * pixel;
-  for (int64_t y = 0; y < conv.out_height; ++y, grad += line) {
-    std::fill(grad, grad + conv.left * pixel, 0.f);
-    std::fill(grad + end, grad + line, 0.f);
-  }
+Tasks zero_padding(const TrainedConv& conv, float* grad) {
+  return {conv.out_height, [=, &conv](int64_t y) {
+    const int64_t pixel = conv.batch * conv.out_channels;
+    float* line = grad + y * conv.gradient_width * pixel;
+    std::fill(line, line + conv.left * pixel, 0.f);
+    std::fill(line + (conv.left + conv.out_width) * pixel, line + conv.gradient_width * pixel, 0.f);
+  }};
 }
 
-void trained_conv_backward_weight(
-    const TrainedConv& conv, const float* padded, const float* grad, at::Tensor& grad_weight) {
+Tasks trained_conv_backward_weight(
+    const TrainedConv& conv, const float* padded, const float* grad, const at::Tensor& grad_weight) {
   // Tiles of out channels (rows) by in channels (vectors), one tap each, some of them held while chunks of image rows
   // stream by; neighbouring tiles read the same input. No two tasks share a tile: nothing is summed over threads.
   const ColumnPanels panels(conv.group_in());
@@ -367,24 +347,22 @@ void trained_conv_backward_weight(
   const int64_t parts = chunk > 1 ? 1 : ceil_div(conv.out_width * conv.batch, kWeightTerms);
   const int64_t part_width = ceil_div(conv.out_width, parts);
   const Strides strides{1, conv.out_channels, conv.in_channels};
-  const bool in_place = grad_weight.scalar_type() == at::kFloat;
-  at::Tensor sums = in_place ? grad_weight : empty_like(grad_weight, grad_weight.options().dtype(at::kFloat));
-  float* target = sums.data_ptr<float>();
-  const int64_t out_stride = sums.stride(0), in_stride = sums.stride(1);
+  float* target = grad_weight.data_ptr<float>();
+  const int64_t out_stride = grad_weight.stride(0), in_stride = grad_weight.stride(1);
   std::vector<std::pair<int64_t, int64_t>> inside_columns, inside_rows; // of each tap
-  std::vector<int64_t> tap_offsets; // in the sums
+  std::vector<int64_t> tap_offsets; // in grad_weight
   for (int64_t k = 0; k < conv.kernel; ++k) {
     inside_columns.push_back(inside(k, conv.width, conv.out_width, conv));
     inside_rows.push_back(inside(k, conv.height, conv.out_height, conv));
     for (int64_t kx = 0; kx < conv.kernel; ++kx) {
-      tap_offsets.push_back(k * sums.stride(2) + kx * sums.stride(3));
+      tap_offsets.push_back(k * grad_weight.stride(2) + kx * grad_weight.stride(3));
     }
   }
   // A unit is a tile; unit = (group, tap, tile) of one panel, the tile of rows fastest.
-  const auto tiles_of = [&](int vecs) { return ceil_div(conv.group_out(), max_tile_rows(vecs)); };
+  const auto tiles_of = [&conv](int vecs) { return ceil_div(conv.group_out(), max_tile_rows(vecs)); };
   const int64_t most_units = conv.groups * tiles_of(panels.width_vecs(0)) * conv.taps();
   const int64_t pieces = ceil_div(piece_count(most_units * panels.count), panels.count); // of each panel
-  parallel_tasks(panels.count * pieces, [&](int64_t task) {
+  return {panels.count * pieces, [=, &conv](int64_t task) {
     const int64_t p = task / pieces;
     const int vecs = panels.width_vecs(p);
     const int64_t start = panels.start(p), valid = panels.valid(p);
@@ -462,16 +440,13 @@ void trained_conv_backward_weight(
       sum_units(first, last, sum, runs);
       store_units(first, last, sum);
     }
-  });
-  if (!in_place) {
-    grad_weight.copy_(sums);
-  }
+  }};
 }
 
-#define TINYTL_TRAINED_CONV(T)                                                                               \
-  template void pad_input<T>(const TrainedConv&, const T*, float*);                                          \
-  template void trained_conv_forward<T>(const TrainedConv&, const float*, const at::Tensor&, T*);            \
-  template void trained_conv_backward_input<T>(const TrainedConv&, const float*, const at::Tensor&, T*);
+#define TINYTL_TRAINED_CONV(T)                                                                                      \
+  template Tasks pad_input<T>(const TrainedConv&, const T*, float*);                                                \
+  template Tasks trained_conv_forward<T>(const TrainedConv&, const float*, const PackedWeight&, T*);                \
+  template Tasks trained_conv_backward_input<T>(const TrainedConv&, const float*, const PackedWeight&, T*);
 TINYTL_TRAINED_CONV(float)
 TINYTL_TRAINED_CONV(c10::BFloat16)
 TINYTL_TRAINED_CONV(c10::Half)

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common.h"
+#include "parallel.h"
 #include "strided_gemm.h"
 
 #include <vector>
@@ -49,26 +50,7 @@ struct TrainedConv {
   }
 };
 
-// input: channels_last (N, C, H, W). padded: padded_input() floats.
-template <class T>
-void pad_input(const TrainedConv& conv, const T* input, float* padded);
-
-// y: (out_height, out_width, batch, out_channels).
-template <class T>
-void trained_conv_forward(const TrainedConv& conv, const float* padded, const at::Tensor& weight, T* y);
-
-// Zeros in the padding columns of the padded output gradient.
-void zero_padding(const TrainedConv& conv, float* grad);
-
-// dx: channels_last (N, C, H, W). grad: the padded output gradient, its padding columns zero.
-template <class T>
-void trained_conv_backward_input(const TrainedConv& conv, const float* grad, const at::Tensor& weight, T* dx);
-
-// dW in the shape and strides of grad_weight.
-void trained_conv_backward_weight(
-    const TrainedConv& conv, const float* padded, const float* grad, at::Tensor& grad_weight);
-
-// Rows of a 1x1 convolution, panels of at most kTileVecs vectors.
+// Columns of a weight, in panels of at most kTileVecs vectors.
 struct ColumnPanels {
   int64_t columns, vecs, count;
   int64_t narrow, wider; // vectors of every panel, and how many of the panels have one more
@@ -94,15 +76,93 @@ struct ColumnPanels {
   }
 };
 
-// A trained 1x1 convolution of rows of channels, its weight (O, I, 1, 1) packed once: y = x W, or x W^T transposed.
-struct TrainedPointwise {
-  int64_t in_channels, out_channels; // of x and of y
-  ColumnPanels panels;
-  at::Tensor packed; // [panel][input channel][column]
+// Memory for floats that are written before they are read.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : memory_(c10::GetCPUAllocator()->allocate(static_cast<size_t>(count) * sizeof(float))), count_(count) {}
+  float* data() const {
+    return static_cast<float*>(memory_.get());
+  }
+  int64_t size() const {
+    return count_;
+  }
 
-  TrainedPointwise(const at::Tensor& weight, bool transposed);
-  void rows(const float* x, int64_t count, float* y) const;
+ private:
+  c10::DataPtr memory_;
+  int64_t count_;
 };
+
+// A weight as a (terms x columns) matrix per group and tap, packed as [group][panel][tap][term][column]. Terms are input
+// channels; transposed, output channels.
+class PackedWeight {
+ public:
+  int64_t groups, taps, terms;
+  ColumnPanels panels;
+
+  PackedWeight(const TrainedConv& conv, const at::Tensor& weight, bool transposed);
+  PackedWeight(const PackedWeight&) = delete;
+
+  // Nothing is packed before they have run.
+  Tasks packing();
+
+  const float* panel(int64_t group, int64_t panel) const {
+    return packed_.data() + offset(group, panel);
+  }
+  int64_t bytes() const {
+    return packed_.size() * static_cast<int64_t>(sizeof(float));
+  }
+
+ private:
+  at::Tensor source_; // float32, channels_last
+  int64_t in_channels_, out_channels_; // of a group
+  bool transposed_;
+  Floats packed_;
+
+  int64_t offset(int64_t group, int64_t panel) const {
+    return (group * panels.padded() + panels.start(panel)) * taps * terms;
+  }
+  float* data(int64_t group, int64_t panel) {
+    return packed_.data() + offset(group, panel);
+  }
+  void pack_columns(const float* rows, int64_t count, int64_t group, int64_t first);
+  void pack_terms(const float* rows, int64_t count, int64_t group, int64_t first);
+};
+
+// A trained 1x1 convolution of rows of channels, its weight (O, I, 1, 1): y = x W, or x W^T transposed.
+class TrainedPointwise {
+ public:
+  TrainedPointwise(const at::Tensor& weight, bool transposed);
+  Tasks packing() {
+    return weight_.packing();
+  }
+  void rows(const float* x, int64_t count, float* y) const;
+
+ private:
+  int64_t in_channels_, out_channels_; // of x and of y
+  PackedWeight weight_;
+};
+
+// The tasks below read and write what they are given, which must outlive them.
+
+// input: channels_last (N, C, H, W). padded: padded_input() floats.
+template <class T>
+Tasks pad_input(const TrainedConv& conv, const T* input, float* padded);
+
+// y: (out_height, out_width, batch, out_channels).
+template <class T>
+Tasks trained_conv_forward(const TrainedConv& conv, const float* padded, const PackedWeight& weight, T* y);
+
+// Zeros in the padding columns of the padded output gradient.
+Tasks zero_padding(const TrainedConv& conv, float* grad);
+
+// dx: channels_last (N, C, H, W). grad: the padded output gradient, its padding columns zero; weight: transposed.
+template <class T>
+Tasks trained_conv_backward_input(const TrainedConv& conv, const float* grad, const PackedWeight& weight, T* dx);
+
+// dW, float32, in the shape and strides of grad_weight.
+Tasks trained_conv_backward_weight(
+    const TrainedConv& conv, const float* padded, const float* grad, const at::Tensor& grad_weight);
 
 // Calls body(first row, rows) for tiles of nearly equal height, at most max_tile_rows(vecs). Heights are whole
 // multiples of `unit` rows where that fits the registers: then a tile does not straddle pixels.

@@ -6,13 +6,15 @@
 namespace tinytl::cpu {
 namespace {
 
-at::Tensor parameter(const OptionalTensor& given, int64_t channels, float missing) {
+void read_parameter(const OptionalTensor& given, int64_t channels, float missing, float* target) {
   if (!given.has_value() || !given->defined()) {
-    return empty_tensor({channels}, at::kFloat).fill_(missing);
+    std::fill(target, target + channels, missing);
+    return;
   }
   TORCH_CHECK(
       given->dim() == 1 && given->size(0) == channels, "norm: expected (", channels, ") parameters, got ", given->sizes());
-  return given->to(at::kFloat).contiguous();
+  const at::Tensor values = as_float(*given).contiguous();
+  std::copy(values.data_ptr<float>(), values.data_ptr<float>() + channels, target);
 }
 
 // Mean and sum of squared deviations of `count` values, grown by those of more values (Chan, Golub and LeVeque).
@@ -49,8 +51,14 @@ TrainedNorm::TrainedNorm(
       groups);
   // Whole pixels; a chain of additions is about kTaskRows long.
   task_pixels = groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1);
-  this->weight = parameter(weight, channels, 1.f);
-  this->bias = parameter(bias, channels, 0.f);
+  const int64_t count = sets() * channels;
+  coefficients_.resize(2 * channels + 6 * count);
+  this->weight = coefficients_.data();
+  this->bias = this->weight + channels;
+  mean = this->bias + channels;
+  rstd = mean + count, scale = rstd + count, shift = scale + count, constant = shift + count, slope = constant + count;
+  read_parameter(weight, channels, 1.f, this->weight);
+  read_parameter(bias, channels, 0.f, this->bias);
 }
 
 template <class T>
@@ -80,7 +88,7 @@ void TrainedNorm::take_moments(const std::vector<float>& partial) {
   const int64_t length = sets() * channels;
   std::vector<double> means(length), squares(length);
   double count = 0;
-  for (int64_t task = 0; task < tasks(); ++task) {
+  for (int64_t task = 0; task < num_tasks(); ++task) {
     const float* found = partial.data() + task * 3 * length;
     const auto more = static_cast<double>((std::min((task + 1) * task_rows(), rows()) - task * task_rows()) / sets());
     const double total = count + more, share = more / total;
@@ -97,7 +105,7 @@ void TrainedNorm::take_moments(const std::vector<float>& partial) {
   for (int64_t i = 0; i < length; ++i) {
     moments[entry(i / channels, i % channels)].add(count, means[i], squares[i]);
   }
-  at::Tensor measured = empty_tensor({2, entries}, weight.options());
+  at::Tensor measured = empty_tensor({2, entries}, at::kFloat);
   float* target = measured.data_ptr<float>();
   for (int64_t i = 0; i < entries; ++i) {
     target[i] = static_cast<float>(moments[i].mean);
@@ -111,17 +119,13 @@ void TrainedNorm::use(const at::Tensor& given) {
   check_size(given, "statistics", {2, entries}, at::kFloat);
   statistics = given.contiguous();
   const float* means = statistics.data_ptr<float>();
-  const float* w = weight.data_ptr<float>();
-  const float* b = bias.data_ptr<float>();
-  const int64_t count = sets() * channels;
-  mean.resize(count), rstd.resize(count), scale.resize(count), shift.resize(count);
   for (int64_t set = 0; set < sets(); ++set) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = set * channels + c;
       mean[i] = means[entry(set, c)];
       rstd[i] = static_cast<float>(1. / std::sqrt(static_cast<double>(means[entries + entry(set, c)]) + eps));
-      scale[i] = w[c] * rstd[i];
-      shift[i] = b[c] - mean[i] * scale[i];
+      scale[i] = weight[c] * rstd[i];
+      shift[i] = bias[c] - mean[i] * scale[i];
     }
   }
 }
@@ -129,17 +133,35 @@ void TrainedNorm::use(const at::Tensor& given) {
 void TrainedNorm::take_sums(const std::vector<float>& partial) {
   const int64_t count = sets() * channels;
   sum_g.assign(count, 0.), sum_gx.assign(count, 0.);
-  for (int64_t task = 0; task < tasks(); ++task) {
+  for (int64_t task = 0; task < num_tasks(); ++task) {
     const float* g = partial.data() + task * 2 * count;
     for (int64_t i = 0; i < count; ++i) {
       sum_g[i] += g[i];
       sum_gx[i] += g[count + i];
     }
   }
+  if (!of_batch) {
+    return; // constant and slope are zeros
+  }
+  const int64_t width = groups > 0 ? channels / groups : 1; // channels with common statistics
+  const double values = static_cast<double>(groups > 0 ? pixels * width : rows());
+  for (int64_t set = 0; set < sets(); ++set) {
+    for (int64_t first = 0; first < channels; first += width) {
+      double m1 = 0, m2 = 0;
+      for (int64_t c = first; c < first + width; ++c) {
+        m1 += weight[c] * sum_g[set * channels + c];
+        m2 += weight[c] * sum_gx[set * channels + c];
+      }
+      for (int64_t i = set * channels + first; i < set * channels + first + width; ++i) {
+        constant[i] = static_cast<float>(m1 / values * rstd[i]);
+        slope[i] = static_cast<float>(m2 / values * rstd[i] * rstd[i]);
+      }
+    }
+  }
 }
 
 at::Tensor TrainedNorm::grad_weight(bool wanted) const {
-  at::Tensor grad = zero_tensor({wanted ? channels : 0}, weight.options());
+  at::Tensor grad = empty_tensor({wanted ? channels : 0}, at::kFloat);
   for (int64_t c = 0; c < grad.numel(); ++c) {
     double sum = 0;
     for (int64_t set = 0; set < sets(); ++set) {
@@ -151,7 +173,7 @@ at::Tensor TrainedNorm::grad_weight(bool wanted) const {
 }
 
 at::Tensor TrainedNorm::grad_bias(bool wanted) const {
-  at::Tensor grad = zero_tensor({wanted ? channels : 0}, weight.options());
+  at::Tensor grad = empty_tensor({wanted ? channels : 0}, at::kFloat);
   for (int64_t c = 0; c < grad.numel(); ++c) {
     double sum = 0;
     for (int64_t set = 0; set < sets(); ++set) {
@@ -160,30 +182,6 @@ at::Tensor TrainedNorm::grad_bias(bool wanted) const {
     grad.data_ptr<float>()[c] = static_cast<float>(sum);
   }
   return grad;
-}
-
-void TrainedNorm::gradient_terms(std::vector<float>& constant, std::vector<float>& slope) const {
-  const int64_t count = sets() * channels;
-  constant.assign(count, 0.f), slope.assign(count, 0.f);
-  if (!of_batch) {
-    return;
-  }
-  const float* w = weight.data_ptr<float>();
-  const int64_t width = groups > 0 ? channels / groups : 1; // channels with common statistics
-  const double values = static_cast<double>(groups > 0 ? pixels * width : rows());
-  for (int64_t set = 0; set < sets(); ++set) {
-    for (int64_t first = 0; first < channels; first += width) {
-      double m1 = 0, m2 = 0;
-      for (int64_t c = first; c < first + width; ++c) {
-        m1 += w[c] * sum_g[set * channels + c];
-        m2 += w[c] * sum_gx[set * channels + c];
-      }
-      for (int64_t i = set * channels + first; i < set * channels + first + width; ++i) {
-        constant[i] = static_cast<float>(m1 / values * rstd[i]);
-        slope[i] = static_cast<float>(m2 / values * rstd[i] * rstd[i]);
-      }
-    }
-  }
 }
 
 template void TrainedNorm::measure_rows<float>(const float*, int64_t, int64_t, float*) const;

@@ -25,9 +25,10 @@ struct TrainedNorm {
   int64_t task_pixels;
   double eps;
   bool of_batch; // statistics depend on the input
-  at::Tensor weight, bias; // float32
   at::Tensor statistics; // (2, channels) or (2, batch * groups)
-  std::vector<float> mean, rstd, scale, shift; // (sets, channels)
+  float *weight, *bias; // (channels)
+  float *mean, *rstd, *scale, *shift; // (sets, channels)
+  float *constant, *slope; // m1 rstd and m2 rstd^2 of the formula, (sets, channels)
   std::vector<double> sum_g, sum_gx; // (sets, channels)
 
   TrainedNorm(
@@ -38,6 +39,7 @@ struct TrainedNorm {
       double eps,
       const OptionalTensor& weight,
       const OptionalTensor& bias);
+  TrainedNorm(const TrainedNorm&) = delete;
 
   int64_t sets() const {
     return groups > 0 ? batch : 1;
@@ -48,7 +50,7 @@ struct TrainedNorm {
   int64_t task_rows() const {
     return task_pixels * batch;
   }
-  int64_t tasks() const {
+  int64_t num_tasks() const {
     return ceil_div(rows(), task_rows());
   }
   // Where the statistics of a channel of a set stand in a row of `statistics`.
@@ -62,10 +64,10 @@ struct TrainedNorm {
   }
   // What tasks find out, `values` numbers for every channel of every set: (tasks, values, sets, channels).
   std::vector<float> partial(int64_t values) const {
-    return std::vector<float>(tasks() * values * sets() * channels);
+    return std::vector<float>(num_tasks() * values * sets() * channels);
   }
   float* of_task(std::vector<float>& partial, int64_t task) const {
-    return partial.data() + task * (static_cast<int64_t>(partial.size()) / tasks());
+    return partial.data() + task * (static_cast<int64_t>(partial.size()) / num_tasks());
   }
 
   // Statistics of x: `measure_rows` in every task, with partial(3), then `take_moments`. Or given ones.
@@ -73,22 +75,18 @@ struct TrainedNorm {
   void measure_rows(const T* x, int64_t begin, int64_t end, float* moments) const;
   void take_moments(const std::vector<float>& partial);
   void use(const at::Tensor& given);
-  // Sums over a gradient were taken, with partial(2).
+  // Sums over a gradient were taken, with partial(2): constant and slope follow.
   void take_sums(const std::vector<float>& partial);
   // The gradients of weight and bias.
   at::Tensor grad_weight(bool wanted) const;
   at::Tensor grad_bias(bool wanted) const;
-  // m1 rstd and m2 rstd^2 of the formula, (sets, channels).
-  void gradient_terms(std::vector<float>& constant, std::vector<float>& slope) const;
 
-  // Calls body(task, first row, end row).
+  // body(task, first row, end row). The norm must outlive them.
   template <class Body>
-  void for_tasks(const Body& body) const {
-    parallel_pieces(0, tasks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        body(task, task * task_rows(), std::min((task + 1) * task_rows(), rows()));
-      }
-    });
+  Tasks tasks(const Body& body) const {
+    return {num_tasks(), [=, this](int64_t task) {
+      body(task, task * task_rows(), std::min((task + 1) * task_rows(), rows()));
+    }};
   }
   // Calls body(row, pixel, image) for the rows of a set among [begin, end), whole pixels.
   template <class Body>
@@ -109,9 +107,12 @@ struct TrainedNorm {
       }
     }
   }
-  TINYTL_INLINE Vec coefficient(const std::vector<float>& of, int64_t set, int64_t channel, int64_t lanes) const {
-    return load_channels(of.data() + set * channels + channel, lanes);
+  TINYTL_INLINE Vec coefficient(const float* of, int64_t set, int64_t channel, int64_t lanes) const {
+    return load_channels(of + set * channels + channel, lanes);
   }
+
+ private:
+  std::vector<float> coefficients_;
 };
 
 } // namespace tinytl::cpu
