@@ -242,7 +242,7 @@ void check_image(const at::Tensor& x, const char* name) {
 std::tuple<at::Tensor, at::Tensor> activation_forward(
     const at::Tensor& x, const std::string& activation, double negative_slope, bool needs_mask) {
   check_image(x, "input");
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor y = empty_tensor(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask = run_forward(input, y, {}, {}, parse_activation(activation, true), negative_slope, needs_mask);
   return {y, mask};
@@ -276,7 +276,7 @@ std::tuple<at::Tensor, at::Tensor> activation_backward(
   const int64_t pixels = grad_output.size(0) * grad_output.size(2) * grad_output.size(3);
   const uint8_t* bits = checked_mask(
       mask, "mask", kind != Activation::none, grad_output.size(0), grad_output.size(2), grad_output.size(3), channels);
-  const at::Tensor grad_out = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad_out = in_channels_last(grad_output);
   at::Tensor grad = need_input
       ? empty_tensor(grad_out.sizes(), grad_out.options(), at::MemoryFormat::ChannelsLast)
       : empty_tensor({0}, grad_out.options());

@@ -44,7 +44,7 @@ at::Tensor avg_pool2d_forward(
     bool count_include_pad,
     int64_t divisor_override) {
   const PoolShape s(x.sizes(), kernel_size, stride, padding, {1, 1}, ceil_mode);
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor out =
       empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   const Divisors divisors(s, count_include_pad, divisor_override);
@@ -103,7 +103,7 @@ at::Tensor avg_pool2d_backward(
   const PoolShape s(input_size, kernel_size, stride, padding, {1, 1}, ceil_mode);
   check_size(
       grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
-  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const Divisors divisors(s, count_include_pad, divisor_override);
   const Covers row_covers(s, 0), column_covers(s, 1);

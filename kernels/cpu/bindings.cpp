@@ -93,6 +93,7 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor grad_weight2, Tensor grad_norm_weight2, Tensor grad_norm_bias2)");
   m.def("upsample_add_forward(Tensor main, Tensor branch) -> Tensor");
   m.def("upsample_add_backward(Tensor grad_output, int[4] branch_size) -> Tensor");
+  m.def("in_layout(Tensor x, bool channels_last) -> Tensor");
   // Bytes of scratch.h that the kernels have asked for since reset_scratch_bytes(), all threads together.
   m.def("scratch_bytes() -> int", [] { return scratch_count.bytes.load(); });
   m.def("reset_scratch_bytes() -> ()", [] {
@@ -128,6 +129,7 @@ TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(lite_branch_backward);
   TINYTL_IMPL(upsample_add_forward);
   TINYTL_IMPL(upsample_add_backward);
+  TINYTL_IMPL(in_layout);
 }
 
 } // namespace tinytl::cpu

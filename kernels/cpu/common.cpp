@@ -40,7 +40,7 @@ at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at
     return {};
   }
   check_size(*addend, "addend", size, dtype);
-  return addend->contiguous(at::MemoryFormat::ChannelsLast);
+  return in_channels_last(*addend);
 }
 
 Activation parse_activation(const std::string& name, bool stand_alone) {

@@ -26,6 +26,12 @@ at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options 
 // The tensor itself where it is float32.
 at::Tensor as_float(const at::Tensor& tensor);
 
+// x in channels_last or in (N, C, H, W), itself where it is: x.contiguous(), in less time. layout.cpp
+at::Tensor in_layout(const at::Tensor& x, bool channels_last);
+inline at::Tensor in_channels_last(const at::Tensor& x) {
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? x : in_layout(x, true);
+}
+
 // What is added to a result of `size`, in channels_last; undefined where there is nothing to add.
 at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at::ScalarType dtype);
 

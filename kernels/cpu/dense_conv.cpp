@@ -158,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
       groups == 1 || group_out % 8 == 0,
       "weight: expected a multiple of 8 output channels a group, so that no two groups share a byte of the mask, got ",
       group_out);
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor out = empty_tensor({s.batch, s.out_channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask =
       empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, height, width, s.out_channels);
@@ -296,7 +296,7 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
   const uint8_t* bits =
       checked_mask(mask, "mask", s.activation != Activation::none, s.batch, height, width, s.out_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
-  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const Panels panels(s.group_in());
   const Bands bands(s.batch, s.rows.length, ceil_div(s.rows.reach(), s.rows.stride));

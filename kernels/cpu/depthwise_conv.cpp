@@ -169,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     bool needs_mask) {
   const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation, activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor out =
       empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask =
@@ -255,7 +255,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
   }
   const uint8_t* bits = checked_mask(
       mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
-  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   const int64_t mask_stride = mask_bytes(s.channels);
   const int64_t width = padded_channels(s.channels);

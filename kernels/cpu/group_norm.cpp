@@ -211,7 +211,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward(
     double eps,
     const std::string& activation) {
   TORCH_CHECK(x.dim() == 4, "input: expected 4 dimensions (N, C, H, W), got ", x.sizes());
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   const Shape shape(input, num_groups);
   const auto floats = input.options().dtype(at::kFloat);
   at::Tensor out = empty_tensor(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast);
@@ -278,8 +278,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
     bool need_bias) {
   TORCH_CHECK(grad_output.dim() == 4, "grad_output: expected 4 dimensions (N, C, H, W), got ", grad_output.sizes());
   check_size(x, "values", grad_output.sizes(), grad_output.scalar_type());
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor grad_out = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
+  const at::Tensor grad_out = in_channels_last(grad_output);
   const Shape shape(input, num_groups);
   const auto floats = input.options().dtype(at::kFloat);
   at::Tensor grad = need_input ? empty_tensor(input.sizes(), input.options(), at::MemoryFormat::ChannelsLast)

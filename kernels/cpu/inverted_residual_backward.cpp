@@ -318,12 +318,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
       checked_mask(mask_expand, "mask_expand", masked && s.has_expand, s.batch, s.height, s.width, s.expanded);
   const uint8_t* depthwise_bits =
       checked_mask(mask_depthwise, "mask_depthwise", masked, s.batch, s.out_height, s.out_width, s.expanded);
-  const at::Tensor grad = grad_output.contiguous(nhwc);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor pooled;
   if (need_input && grad_pooled.has_value() && grad_pooled->defined()) {
     check_size(
         *grad_pooled, "grad_pooled", {s.batch, s.in_channels, s.height / 2, s.width / 2}, grad.scalar_type());
-    pooled = grad_pooled->contiguous(nhwc);
+    pooled = in_channels_last(*grad_pooled);
   }
   at::Tensor grad_input =
       need_input ? empty_tensor(input_size, grad.options(), nhwc) : empty_tensor({0}, grad.options());

@@ -353,7 +353,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
   return block_forward(
       s,
       stored,
-      x.contiguous(at::MemoryFormat::ChannelsLast),
+      in_channels_last(x),
       nullptr,
       expand_bias,
       depthwise_bias,
@@ -397,7 +397,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward(
   auto [out, mask_stem, mask_depthwise, _] = block_forward(
       s,
       stored,
-      image.contiguous(at::MemoryFormat::ChannelsLast),
+      in_channels_last(image),
       &stem,
       stem_bias,
       depthwise_bias,

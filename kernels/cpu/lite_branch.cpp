@@ -240,7 +240,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch_forward(
   TORCH_CHECK(conv2.in_channels == conv1.out_channels, "weight2: expected ", conv1.out_channels, " input channels");
   const Activation f = parse_activation(activation);
   const auto dtype = pooled.scalar_type();
-  const at::Tensor input = pooled.contiguous(kChannelsLast);
+  const at::Tensor input = in_channels_last(pooled);
   const std::array<int64_t, 4> size{conv2.batch, conv2.out_channels, conv2.out_height, conv2.out_width};
   if (main.has_value()) {
     check_size(*main, "main", {conv2.batch, conv2.out_channels, main->size(2), main->size(3)}, dtype);
@@ -329,7 +329,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto [need_input, need_weight1, need_scale1, need_bias1, need_weight2, need_scale2, need_bias2] = needed;
   const bool need_conv1 = need_input || need_weight1;
   const bool need_norm1 = need_conv1 || need_scale1 || need_bias1;
-  const at::Tensor input = pooled.contiguous(kChannelsLast), grad = grad_output.contiguous(kChannelsLast);
+  const at::Tensor input = in_channels_last(pooled), grad = in_channels_last(grad_output);
   at::Tensor grad_input =
       need_input ? empty_tensor(pooled.sizes(), dtype, kChannelsLast) : empty_tensor({0}, dtype);
   WeightGradient grad_weight1(weight1, need_weight1), grad_weight2(weight2, need_weight2);

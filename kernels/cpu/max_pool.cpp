@@ -269,7 +269,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d_forward(
     bool needs_positions) {
   const PoolShape s(x.sizes(), kernel_size, stride, padding, dilation, ceil_mode);
   const Storage storage = needs_positions ? storage_for(s, kernel_size) : Storage::none;
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor out =
       empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor positions = empty_tensor({0}, x.options().dtype(at::kByte));
@@ -299,7 +299,7 @@ at::Tensor max_pool2d_backward(
   check_size(
       grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
   TORCH_CHECK(positions.is_contiguous(), "positions: expected a contiguous tensor, as the forward returns it");
-  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   with_storage(storage_for(s, kernel_size), [&](auto constant) {
     constexpr Storage STORAGE = decltype(constant)::value;

@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     bool needs_mask) {
   const PointwiseShape s(x.sizes(), weight, stride, activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = in_channels_last(x);
   at::Tensor out = empty_tensor(
       {s.batch, s.out_channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor mask = empty_mask(
@@ -217,7 +217,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
   }
   const uint8_t* bits = checked_mask(
       mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
-  const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
   if (s.strided()) {
     grad_input.zero_(); // input pixels that no output pixel reads

@@ -28,7 +28,7 @@ at::Tensor upsample_add_forward(const at::Tensor& main, const at::Tensor& branch
       ")");
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   at::Tensor out = empty_tensor(main.sizes(), main.options(), nhwc);
-  const at::Tensor base = main.contiguous(nhwc), added = branch.contiguous(nhwc);
+  const at::Tensor base = in_channels_last(main), added = in_channels_last(branch);
   const UpsampleAdd upsample(main.sizes(), branch.sizes());
   with_storage_type(main.scalar_type(), "main", [&](auto zero) {
     using T = decltype(zero);
@@ -53,7 +53,7 @@ at::Tensor upsample_add_backward(const at::Tensor& grad_output, at::IntArrayRef 
       ", got ",
       branch_size);
   const auto nhwc = at::MemoryFormat::ChannelsLast;
-  const at::Tensor grad = grad_output.contiguous(nhwc);
+  const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor grad_branch = empty_tensor(branch_size, grad.options(), nhwc);
   const UpsampleAdjoint adjoint(grad.sizes(), branch_size);
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {

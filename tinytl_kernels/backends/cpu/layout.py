@@ -8,9 +8,11 @@ from torch import Tensor
 
 def channels_last(tensor: Tensor) -> Tensor:
     """``tensor`` in channels_last: itself if it is already."""
-    return tensor.contiguous(memory_format=torch.channels_last)
+    return in_layout(tensor, torch.channels_last)
 
 
 def in_layout(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """``tensor`` in ``layout``: itself if it is already."""
-    return tensor.contiguous(memory_format=layout)
+    if tensor.is_contiguous(memory_format=layout):
+        return tensor
+    return torch.ops.tinytl_cpu.in_layout(tensor, layout is torch.channels_last)
