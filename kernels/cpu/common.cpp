@@ -3,8 +3,8 @@
 
 #include "frozen_weight.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <cstring>
@@ -13,22 +13,17 @@ namespace tinytl::cpu {
 
 at::Tensor empty_tensor(
     at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format) {
-  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  return at::detail::empty_cpu(sizes, dtype, false, format.has_value() ? format : options.memory_format_opt());
+  return at::empty(sizes, options, format);
 }
 
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor zeros = empty_tensor(sizes, options);
+  at::Tensor zeros = empty_tensor(sizes, options); // at::zeros is three operators
   std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
   return zeros;
 }
 
 at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options) {
-  if (!other.is_non_overlapping_and_dense()) {
-    return at::empty_like(other, options);
-  }
-  const auto dtype = options.has_dtype() ? c10::typeMetaToScalarType(options.dtype()) : other.scalar_type();
-  return at::detail::empty_strided_cpu(other.sizes(), other.strides(), dtype);
+  return at::empty_like(other, options);
 }
 
 at::Tensor as_float(const at::Tensor& tensor) {

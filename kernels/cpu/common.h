@@ -16,8 +16,8 @@ namespace tinytl::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// at::empty, at::zeros and at::empty_like without the dispatcher; their own headers take a compiler four seconds in every
-// file.
+// at::empty, at::zeros and at::empty_like, whose own headers take a compiler four seconds in every file. What is counted
+// of a step's memory is what passes the dispatcher: temporaries are tensors from here, too.
 at::Tensor empty_tensor(
     at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format = std::nullopt);
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);

@@ -71,7 +71,7 @@ const float* plain_values(const Values& values) {
 
 // Calls body with the reader of this weight's values.
 template <class T, class Body>
-void with_values(const FrozenWeight& weight, Body&& body) {
+auto with_values(const FrozenWeight& weight, Body&& body) {
   switch (weight.values.scalar_type()) {
     case at::kChar:
       return body(ScaledValues<T>{weight.values.data_ptr<int8_t>(), weight.inner, weight.scale.data_ptr<float>()});
@@ -88,33 +88,33 @@ void with_values(const FrozenWeight& weight, Body&& body) {
 }
 
 // GEMM operands of a 1x1 convolution, (O, I): forward B[k, n] = w[n, k], backward B[k, n] = w[k, n]. Panels
-// [first, last) of the outputs (forward) or of the inputs (backward).
+// [first, last) of the outputs (forward) or of the inputs (backward). The weight must outlive the tasks.
 template <class Dot, class T>
-void pack_forward(
+Tasks pack_forward(
     const FrozenWeight& weight,
     int64_t padded_depth,
     const Panels& panels,
     int64_t first,
     int64_t last,
     typename Dot::Element* packed) {
-  with_values<T>(weight, [&](const auto& values) {
-    const auto read = [&](int64_t k, int64_t n) { return values(n, k); };
-    pack_panels<Dot>(
+  return with_values<T>(weight, [&](const auto& values) {
+    const auto read = [values](int64_t k, int64_t n) { return values(n, k); };
+    return pack_panels<Dot>(
         read, plain_values(values), weight.inner, true, weight.inner, padded_depth, panels, first, last, packed);
   });
 }
 
 template <class Dot, class T>
-void pack_backward(
+Tasks pack_backward(
     const FrozenWeight& weight,
     int64_t padded_depth,
     const Panels& panels,
     int64_t first,
     int64_t last,
     typename Dot::Element* packed) {
-  with_values<T>(weight, [&](const auto& values) {
-    const auto read = [&](int64_t k, int64_t n) { return values(k, n); };
-    pack_panels<Dot>(
+  return with_values<T>(weight, [&](const auto& values) {
+    const auto read = [values](int64_t k, int64_t n) { return values(k, n); };
+    return pack_panels<Dot>(
         read, plain_values(values), weight.inner, false, weight.out_channels, padded_depth, panels, first, last, packed);
   });
 }

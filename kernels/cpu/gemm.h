@@ -297,7 +297,7 @@ void transpose_panel(
 // runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
 // themselves where they are float32, rows `row` apart along the other side; else null.
 template <class Dot, class Read>
-void pack_panels(
+Tasks pack_panels(
     const Read& read,
     const float* plain,
     int64_t row,
@@ -311,8 +311,9 @@ void pack_panels(
   using Element = typename Dot::Element;
   constexpr int STEP = Dot::kStep;
   const int64_t origin = panels.start(first) * padded_depth;
-  const int64_t grain = ceil_div(16384, std::max<int64_t>(depth * kGroup, 1));
-  parallel_pieces(first, last, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = ceil_div(8192, std::max<int64_t>(depth * kGroup, 1));
+  return pieces_of(last - first, grain, [=](int64_t first_piece, int64_t end_piece) {
+    const int64_t begin = first + first_piece, end = first + end_piece;
     const auto target_of = [&](int64_t p) { return packed + panels.start(p) * padded_depth - origin; };
     const auto valid_of = [&](int64_t p) { return std::min(panels.width(p), panels.channels - panels.start(p)); };
     for (int64_t p = begin; p < end; ++p) {

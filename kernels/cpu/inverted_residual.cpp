@@ -114,12 +114,16 @@ at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, 
     const auto layout = BlockPack<Dot>::forward(s);
     packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), out_panels(s.out_channels);
+    Tasks expand;
     if (weights.expand.has_value()) {
-      pack_forward<Dot, T>(
-          *weights.expand, packed_depth<Dot>(s.in_channels), panels, 0, panels.count, layout.into(packed));
+      const int64_t depth = packed_depth<Dot>(s.in_channels);
+      expand = pack_forward<Dot, T>(*weights.expand, depth, panels, 0, panels.count, layout.into(packed));
     }
-    pack_depthwise<T>(weights.depthwise, layout.depthwise(packed));
-    pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed));
+    parallel_tasks({
+        expand,
+        {1, [&](int64_t) { pack_depthwise<T>(weights.depthwise, layout.depthwise(packed)); }},
+        pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed)),
+    });
   });
   return packed;
 }
@@ -133,12 +137,17 @@ at::Tensor pack_block_backward(
     const auto layout = BlockPack<Dot>::backward(s);
     packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), in_panels(s.in_channels);
-    pack_backward<Dot, T>(
-        weights.project, packed_depth<Dot>(s.out_channels), panels, 0, panels.count, layout.into(packed));
-    pack_depthwise<T>(weights.depthwise, layout.depthwise(packed));
+    Tasks expand;
     if (weights.expand.has_value() && need_input) {
-      pack_backward<Dot, T>(*weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
+      expand = pack_backward<Dot, T>(
+          *weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
     }
+    const int64_t depth = packed_depth<Dot>(s.out_channels);
+    parallel_tasks({
+        pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed)),
+        {1, [&](int64_t) { pack_depthwise<T>(weights.depthwise, layout.depthwise(packed)); }},
+        expand,
+    });
   });
   return packed;
 }

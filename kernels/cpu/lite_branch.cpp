@@ -37,7 +37,8 @@ TrainedConv pointwise_after(const TrainedConv& conv, const at::Tensor& weight) {
 // stand beside the peak of the whole step, which is elsewhere.
 class Workspace {
  public:
-  Workspace(int64_t elements, int64_t buffers) : memory_(elements + buffers * kGap), next_(memory_.data()) {}
+  Workspace(int64_t elements, int64_t buffers)
+      : storage_(empty_tensor({elements + buffers * kGap}, at::kFloat)), next_(storage_.data_ptr<float>()) {}
 
   // `count` floats, with room behind them for a tile's vectors that begin at the last one.
   float* take(int64_t count) {
@@ -48,7 +49,7 @@ class Workspace {
 
  private:
   static constexpr int64_t kGap = kTileVecs * kLanes;
-  Floats memory_;
+  at::Tensor storage_;
   float* next_;
 };
 
@@ -346,15 +347,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const int64_t padded_elements = need_weight1 || need_conv ? conv1.padded_input() : 0;
     const int64_t a_elements = conv2.pixels() * conv2.in_channels, e_elements = conv2.pixels() * conv2.out_channels;
     const int64_t grad_c_elements = need_conv1 ? conv1.padded_gradient() : 0;
-    const int64_t one = std::max(padded_elements, a_elements), two = need_norm1 ? a_elements : 0;
-    const int64_t three = std::max(2 * e_elements, grad_c_elements);
-    Workspace workspace(one + two + three, 3);
-    float* a = workspace.take(one);
+    // Three buffers, two of them for one thing after another.
+    const int64_t a_room = std::max(padded_elements, a_elements), grad_a_room = need_norm1 ? a_elements : 0;
+    const int64_t e_room = std::max(2 * e_elements, grad_c_elements);
+    Workspace workspace(a_room + grad_a_room + e_room, 3);
+    float* a = workspace.take(a_room);
     float* padded = a; // before a and after it
-    float* grad_a = workspace.take(two);
-    float* e = workspace.take(three); // then its gradient
+    float* grad_a = workspace.take(grad_a_room);
+    float* e = workspace.take(e_room); // then its gradient
     float* grad_out = e + e_elements;
-    float* grad_c = e; // after e's gradient; padded
+    float* grad_c = e; // after e's gradient and grad_out; padded
 
     const UpsampleAdjoint adjoint(grad.sizes(), size);
     TrainedPointwise second(weight2, false), back(weight2, true);

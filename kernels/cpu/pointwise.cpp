@@ -163,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     const T* source = input.data_ptr<T>();
     T* target = out.data_ptr<T>();
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
-      pack_forward<Dot, T>(frozen, depth, panels, first, last, packed);
+      parallel_tasks({pack_forward<Dot, T>(frozen, depth, panels, first, last, packed)});
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), [&](int64_t, int64_t begin, int64_t end) {
@@ -236,7 +236,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
-      pack_backward<Dot, T>(frozen, depth, panels, first, last, packed);
+      parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed)});
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       const bool summing = need_bias && first == 0;

@@ -26,9 +26,11 @@ struct WindowColumn {
   int64_t a, b;
 };
 
+// So many pixels before it is read, an image's pixel is fetched: the next image's lies too far away for the processor to
+// see that it will be wanted.
 constexpr int64_t kPrefetch = 8;
 
-// Up to this many taps no memory is allocated for their list.
+// Up to this many taps, and tiles of a panel, no memory is allocated for their list.
 constexpr size_t kUsualTaps = 25;
 constexpr size_t kUsualTiles = 32;
 
@@ -140,7 +142,7 @@ PackedWeight::PackedWeight(const TrainedConv& conv, const at::Tensor& weight, bo
       in_channels_(conv.group_in()),
       out_channels_(conv.group_out()),
       transposed_(transposed),
-      packed_(groups * taps * terms * panels.padded()) {}
+      packed_(empty_tensor({groups * taps * terms * panels.padded()}, at::kFloat)) {}
 
 Tasks PackedWeight::packing() {
   // (O, k, k, I / groups): a vector's number of out channels at a time are read from their first number to their last. A

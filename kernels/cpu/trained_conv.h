@@ -76,23 +76,6 @@ struct ColumnPanels {
   }
 };
 
-// Memory for floats that are written before they are read.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : memory_(c10::GetCPUAllocator()->allocate(static_cast<size_t>(count) * sizeof(float))), count_(count) {}
-  float* data() const {
-    return static_cast<float*>(memory_.get());
-  }
-  int64_t size() const {
-    return count_;
-  }
-
- private:
-  c10::DataPtr memory_;
-  int64_t count_;
-};
-
 // A weight as a (terms x columns) matrix per group and tap, packed as [group][panel][tap][term][column]. Terms are input
 // channels; transposed, output channels.
 class PackedWeight {
@@ -107,23 +90,23 @@ class PackedWeight {
   Tasks packing();
 
   const float* panel(int64_t group, int64_t panel) const {
-    return packed_.data() + offset(group, panel);
+    return packed_.data_ptr<float>() + offset(group, panel);
   }
   int64_t bytes() const {
-    return packed_.size() * static_cast<int64_t>(sizeof(float));
+    return packed_.numel() * static_cast<int64_t>(sizeof(float));
   }
 
  private:
   at::Tensor source_; // float32, channels_last
   int64_t in_channels_, out_channels_; // of a group
   bool transposed_;
-  Floats packed_;
+  at::Tensor packed_;
 
   int64_t offset(int64_t group, int64_t panel) const {
     return (group * panels.padded() + panels.start(panel)) * taps * terms;
   }
   float* data(int64_t group, int64_t panel) {
-    return packed_.data() + offset(group, panel);
+    return packed_.data_ptr<float>() + offset(group, panel);
   }
   void pack_columns(const float* rows, int64_t count, int64_t group, int64_t first);
   void pack_terms(const float* rows, int64_t count, int64_t group, int64_t first);

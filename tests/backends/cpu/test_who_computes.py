@@ -18,11 +18,11 @@ ATEN_OPERATORS = {
     "adaptive_avg_pool2d", "adaptive_avg_pool2d_backward", "dropout", "dropout_backward", "pad2d", "pad2d_backward",
 }  # fmt: skip
 
-# Memory and shapes, no arithmetic.
+# Memory, layouts and shapes, no arithmetic.
 PLUMBING = {
     "_to_copy", "clone", "contiguous", "copy_", "detach", "empty", "empty_like", "new_empty", "reshape", "slice", "to",
     "unsqueeze", "view", "zeros", "alias", "as_strided", "expand", "_unsafe_view", "permute", "transpose", "squeeze",
-    "empty_strided", "select", "fill_", "zero_",
+    "empty_strided", "select", "fill_", "zero_", "in_layout",
 }  # fmt: skip
 
 
@@ -35,10 +35,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name = function._schema.name.split("::")
-        if namespace == "tinytl_cpu":
-            self.names.add(f"cpu.{name}")
-        elif name not in PLUMBING:
-            self.names.add(name)
+        if name not in PLUMBING:
+            self.names.add(f"cpu.{name}" if namespace == "tinytl_cpu" else name)
         return function(*args, **(kwargs or {}))
 
 
