@@ -33,7 +33,7 @@ void transpose_images(const float* source, float* target, int64_t images, int64_
 at::Tensor in_layout(const at::Tensor& x, bool channels_last) {
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const auto other = channels_last ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
-  const bool transposed = x.dim() == 4 && !x.is_contiguous(format) && x.is_contiguous(other);
+  const bool transposed = x.dim() == 4 && x.numel() > 0 && !x.is_contiguous(format) && x.is_contiguous(other);
   if (!transposed || x.scalar_type() != at::kFloat) {
     return x.contiguous(format);
   }
