@@ -288,6 +288,7 @@ struct LiteBranch : Function<LiteBranch> {
 
   static variable_list forward(
       AutogradContext* ctx,
+      const OptionalTensor& main,
       const at::Tensor& pooled,
       const at::Tensor& weight1,
       const OptionalTensor& norm_weight1,
@@ -306,17 +307,14 @@ struct LiteBranch : Function<LiteBranch> {
       int64_t norm_groups2,
       double eps1,
       double eps2,
-      bool keep_conv,
-      const OptionalTensor& main) {
+      bool keep_conv) {
     Edges edges;
+    const int64_t to_main = edges.of(main);
     const int64_t to_pooled = edges.of(pooled), to_weight1 = edges.of(weight1);
     const int64_t to_scale1 = edges.of(norm_weight1), to_bias1 = edges.of(norm_bias1);
     edges.of(running_mean1);
     edges.of(running_var1);
     const int64_t to_weight2 = edges.of(weight2), to_scale2 = edges.of(norm_weight2), to_bias2 = edges.of(norm_bias2);
-    edges.of(running_mean2);
-    edges.of(running_var2);
-    const int64_t to_main = edges.of(main);
     TINYTL_RECORDED("lite_branch_forward");
     auto [out, conv, statistics1, statistics2] = lite_branch_forward(
         pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
@@ -361,11 +359,11 @@ struct LiteBranch : Function<LiteBranch> {
           grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], or_none(saved[5]), or_none(saved[6]), saved[7],
           or_none(saved[8]), options[0], options[1], data["activation"].toStringRef(), options[2], options[3], eps[0],
           eps[1], options[4] != 0, options[5] != 0, need, options[6] != 0);
-      constexpr std::array kPlaces{0, 1, 2, 3, 6, 7, 8};
+      constexpr std::array kPlaces{1, 2, 3, 4, 7, 8, 9};
       results = once("lite_branch", by_argument(kArguments, gradients, kPlaces, need), grads);
     }
     if (need_main) {
-      results[kArguments - 1] = grads[0];
+      results[0] = grads[0];
     }
     return results;
   }
@@ -520,9 +518,9 @@ at::Tensor block_chain(
     const double eps1 = next.real(), eps2 = next.real();
     output.reset(); // autograd keeps what it needs of it
     const variable_list branch = LiteBranch::apply(
-        block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
-        running_mean2, running_var2, branch_stride, groups, next.activation(), norm_groups1, norm_groups2, eps1, eps2,
-        keep_conv, OptionalTensor(block[0]));
+        OptionalTensor(block[0]), block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2,
+        norm_weight2, norm_bias2, running_mean2, running_var2, branch_stride, groups, next.activation(), norm_groups1,
+        norm_groups2, eps1, eps2, keep_conv);
     const auto pooled_length = [&](int64_t side) { return (block[3].size(side) - 1) / branch_stride + 1; };
     const int64_t values = block[3].size(0) * pooled_length(2) * pooled_length(3);
     block[3].reset(); // a frozen branch does not keep it
@@ -533,34 +531,6 @@ at::Tensor block_chain(
     output = branch[0];
   }
   return output;
-}
-
-// LiteBranch by itself.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lite_branch(
-    const at::Tensor& pooled,
-    const at::Tensor& weight1,
-    const OptionalTensor& norm_weight1,
-    const OptionalTensor& norm_bias1,
-    const OptionalTensor& running_mean1,
-    const OptionalTensor& running_var1,
-    const at::Tensor& weight2,
-    const OptionalTensor& norm_weight2,
-    const OptionalTensor& norm_bias2,
-    const OptionalTensor& running_mean2,
-    const OptionalTensor& running_var2,
-    int64_t stride,
-    int64_t groups,
-    const std::string& activation,
-    int64_t norm_groups1,
-    int64_t norm_groups2,
-    double eps1,
-    double eps2,
-    bool keep_conv) {
-  const variable_list outputs = LiteBranch::apply(
-      pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2, norm_weight2, norm_bias2,
-      running_mean2, running_var2, stride, groups, activation, norm_groups1, norm_groups2, eps1, eps2, keep_conv,
-      OptionalTensor());
-  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
 // What torch.ops calls: the arguments of F::forward after its context.
@@ -577,6 +547,14 @@ template <class F, class... Arguments>
 struct Call<F, at::Tensor(AutogradContext*, Arguments...)> {
   static at::Tensor call(typename Passed<Arguments>::type... arguments) {
     return F::apply(arguments...);
+  }
+};
+// LiteBranch by itself: nothing that it is added to.
+template <class... Arguments>
+struct Call<LiteBranch, variable_list(AutogradContext*, const OptionalTensor&, Arguments...)> {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call(typename Passed<Arguments>::type... arguments) {
+    const variable_list outputs = LiteBranch::apply(OptionalTensor(), arguments...);
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
   }
 };
 
@@ -602,7 +580,7 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2, "
       "Tensor? running_var2, int stride, int groups, str activation, int norm_groups1, int norm_groups2, float eps1, "
       "float eps2, bool keep_conv) -> (Tensor output, Tensor conv, Tensor statistics1, Tensor statistics2)",
-      TORCH_FN(lite_branch));
+      TORCH_FN(Call<LiteBranch>::call));
   m.def(
       "block_chain(Tensor input, Tensor?[] tensors, int[] numbers, float[] reals, str[] activations, "
       "Tensor(a!)[] running) -> Tensor",

@@ -293,6 +293,9 @@ void transpose_panel(
   }
 }
 
+// Elements of a weight that a task packs, about.
+constexpr int64_t kPackedElements = 8192;
+
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
 // runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
 // themselves where they are float32, rows `row` apart along the other side; else null.
@@ -311,7 +314,7 @@ Tasks pack_panels(
   using Element = typename Dot::Element;
   constexpr int STEP = Dot::kStep;
   const int64_t origin = panels.start(first) * padded_depth;
-  const int64_t grain = ceil_div(8192, std::max<int64_t>(depth * kGroup, 1));
+  const int64_t grain = ceil_div(kPackedElements, std::max<int64_t>(depth * kGroup, 1));
   return pieces_of(last - first, grain, [=](int64_t first_piece, int64_t end_piece) {
     const int64_t begin = first + first_piece, end = first + end_piece;
     const auto target_of = [&](int64_t p) { return packed + panels.start(p) * padded_depth - origin; };

@@ -90,9 +90,7 @@ inline int64_t piece_count(int64_t most) {
 template <class Body>
 void parallel_pieces(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   const int64_t piece = std::max(grain, ceil_div(end - begin, piece_count(end - begin)));
-  parallel_tasks(ceil_div(end - begin, piece), [&](int64_t p) {
-    body(begin + p * piece, std::min(begin + (p + 1) * piece, end));
-  });
+  parallel_tasks({pieces_of(end - begin, piece, [&](int64_t first, int64_t last) { body(begin + first, begin + last); })});
 }
 
 } // namespace tinytl::cpu

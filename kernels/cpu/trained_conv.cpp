@@ -148,7 +148,8 @@ Tasks PackedWeight::packing() {
   // (O, k, k, I / groups): a vector's number of out channels at a time are read from their first number to their last. A
   // weight comes from memory, and that many streams the processor sees coming.
   const int64_t strips = ceil_div(out_channels_, kLanes), row = taps * in_channels_;
-  return pieces_of(groups * strips, std::max<int64_t>(8192 / (kLanes * row), 1), [=, this](int64_t begin, int64_t end) {
+  const int64_t grain = ceil_div(kPackedElements, kLanes * row);
+  return pieces_of(groups * strips, grain, [=, this](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t group = strip / strips, first = strip % strips * kLanes;
       const float* rows = source_.data_ptr<float>() + (group * out_channels_ + first) * row;
@@ -344,7 +345,7 @@ Tasks trained_conv_backward_weight(
   const ColumnPanels panels(conv.group_in());
   const int64_t phase_line = conv.phase_width * conv.batch;
   const int64_t grad_line = conv.gradient_width * conv.batch;
-  // A chunk of the output: lines, or a part of one. What several taps read of it stays in the first-level cache.
+  // A chunk of the output: lines, or a part of one. It is a chain of about kWeightTerms additions.
   const int64_t chunk = ceil_div(kWeightTerms, conv.out_width * conv.batch); // lines
   const int64_t parts = chunk > 1 ? 1 : ceil_div(conv.out_width * conv.batch, kWeightTerms);
   const int64_t part_width = ceil_div(conv.out_width, parts);
