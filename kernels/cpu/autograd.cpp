@@ -4,6 +4,8 @@
 //
 // For channels_last inputs that the kernels take; everything else keeps to Python's. What is kept for backward is the
 // same, and so is the answer to a second derivative: an error where one is asked for, never a silent zero.
+#include "activation_pixels.h"
+#include "conv_activation.h"
 #include "dispatcher.h"
 #include "inverted_residual.h"
 #include "lite_branch.h"
@@ -114,6 +116,16 @@ variable_list once(const std::string& name, variable_list results, const variabl
   return results;
 }
 
+// For what keeps a number without history: its part of a second derivative could only be lost in silence.
+void refuse_second_derivative(const std::string& name) {
+  TORCH_CHECK(
+      !at::GradMode::is_enabled(),
+      "tinytl::",
+      name,
+      " has no second derivative: the operators of tinytl_kernels keep too little for one. Differentiate twice through "
+      "the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
+}
+
 void refuse_trained(const OptionalTensor& weight, const char* name) {
   TORCH_CHECK(
       !weight.has_value() || !weight->requires_grad(),
@@ -140,8 +152,169 @@ void refuse_trained_block(
   }
 }
 
+// What computes a convolution, as backends/cpu/frozen_conv.py decides: "pointwise", "depthwise" or "dense".
+std::tuple<at::Tensor, at::Tensor> conv_forward(
+    const std::string& kernel,
+    const at::Tensor& input,
+    const OptionalTensor& shortcut,
+    const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    const std::string& activation,
+    bool needs_saved) {
+  if (kernel == "pointwise") {
+    TINYTL_RECORDED("pointwise_forward");
+    return pointwise_forward(input, weight, weight_scale, bias, shortcut, stride, activation, needs_saved);
+  }
+  if (shortcut.has_value()) {
+    at::Tensor output = std::get<0>(conv_forward(
+        kernel, input, std::nullopt, weight, weight_scale, bias, stride, padding, dilation, groups, "none", false));
+    TINYTL_RECORDED("bias_activation_");
+    const at::Tensor bits = bias_activation_(output, std::nullopt, shortcut, activation, kLeakySlope, needs_saved);
+    return {output, bits};
+  }
+  if (kernel == "depthwise") {
+    TINYTL_RECORDED("depthwise_forward");
+    return depthwise_forward(
+        input, weight, weight_scale, bias, stride, padding, dilation, activation, needs_saved);
+  }
+  TORCH_CHECK(kernel == "dense", "kernel: expected \"pointwise\", \"depthwise\" or \"dense\", got \"", kernel, "\"");
+  TINYTL_RECORDED("dense_forward");
+  return dense_forward(
+      input, weight, weight_scale, bias, stride, padding, dilation, groups, activation, needs_saved);
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_backward(
+    const std::string& kernel,
+    const at::Tensor& grad_output,
+    const at::Tensor& saved,
+    const at::Tensor& weight,
+    const OptionalTensor& weight_scale,
+    at::IntArrayRef input_size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    int64_t groups,
+    const std::string& activation,
+    bool need_input,
+    bool need_bias) {
+  if (kernel == "pointwise") {
+    TINYTL_RECORDED("pointwise_backward");
+    return pointwise_backward(
+        grad_output, saved, weight, weight_scale, input_size, stride, activation, need_input, need_bias);
+  }
+  if (kernel == "depthwise") {
+    TINYTL_RECORDED("depthwise_backward");
+    return depthwise_backward(
+        grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, activation, need_input,
+        need_bias);
+  }
+  TORCH_CHECK(kernel == "dense", "kernel: expected \"pointwise\", \"depthwise\" or \"dense\", got \"", kernel, "\"");
+  TINYTL_RECORDED("dense_backward");
+  return dense_backward(
+      grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, groups, activation, need_input,
+      need_bias);
+}
+
+// frozen_conv or, with a shortcut, frozen_conv_add.
+struct FrozenConv : Function<FrozenConv> {
+  static constexpr int kArguments = 13;
+  static constexpr size_t kOutputs = 2;
+
+  static variable_list forward(
+      AutogradContext* ctx,
+      const at::Tensor& input,
+      const OptionalTensor& shortcut,
+      const at::Tensor& weight,
+      const OptionalTensor& bias,
+      at::IntArrayRef stride,
+      at::IntArrayRef padding,
+      at::IntArrayRef dilation,
+      int64_t groups,
+      const OptionalString& activation,
+      bool needs_saved,
+      const OptionalTensor& weight_scale,
+      const std::string& forward_kernel,
+      const std::string& backward_kernel) {
+    for (const OptionalTensor& frozen : {OptionalTensor(weight), weight_scale}) {
+      TORCH_CHECK(
+          !frozen.has_value() || !frozen->requires_grad(),
+          "weight: a frozen convolution computes no weight gradient, but its weight has requires_grad=True. Keep it "
+          "frozen, or train it in the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
+    }
+    TORCH_CHECK(
+        needs_saved || !activation.has_value(),
+        "needs_saved: a gradient can be asked for, so expected True, got False");
+    const std::string act = activation.value_or("none");
+    Edges edges;
+    const int64_t to_input = edges.of(input), to_shortcut = edges.of(shortcut);
+    edges.of(weight);
+    const int64_t to_bias = edges.of(bias);
+    auto [out, saved] = conv_forward(
+        forward_kernel, input, shortcut, weight, weight_scale, bias, stride, padding, dilation, groups, act, needs_saved);
+    ctx->save_for_backward({weight, saved, or_undefined(weight_scale)});
+    ctx->saved_data["edges"] = std::vector<int64_t>{to_input, to_shortcut, to_bias};
+    ctx->saved_data["input_size"] = input.sizes().vec();
+    ctx->saved_data["geometry"] = std::vector<std::vector<int64_t>>{stride.vec(), padding.vec(), dilation.vec()};
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["activation"] = act;
+    ctx->saved_data["kernel"] = backward_kernel;
+    ctx->saved_data["name"] = std::string(shortcut.has_value() ? "frozen_conv_add" : "frozen_conv");
+    ctx->set_materialize_grads(false); // no zeros for what is saved
+    ctx->mark_non_differentiable({saved});
+    return {out, saved};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) {
+      return variable_list(kArguments);
+    }
+    auto& data = ctx->saved_data;
+    std::string activation = data["activation"].toStringRef();
+    if (ConvActivation(activation).is_smooth()) {
+      refuse_second_derivative(data["name"].toStringRef());
+    }
+    const auto saved = ctx->get_saved_variables();
+    const auto [need_input, need_shortcut, need_bias] = needed<3>(ctx);
+    at::Tensor grad = grads[0], kept = saved[1];
+    variable_list results(kArguments);
+    if (need_shortcut) {
+      grad = in_channels_last(grad);
+      if (activation != "none") {
+        TINYTL_RECORDED("activation_backward");
+        grad = std::get<0>(activation_backward(grad, kept, activation, kLeakySlope, true, false));
+        activation = "none";
+      }
+      results[1] = grad;
+    }
+    if (need_input || need_bias) {
+      const auto geometry = data["geometry"].toList();
+      const auto numbers = [&](size_t i) { return geometry.get(i).toIntVector(); };
+      const auto [grad_input, grad_bias] = conv_backward(
+          data["kernel"].toStringRef(), grad, kept, saved[0], or_none(saved[2]), data["input_size"].toIntVector(),
+          numbers(0), numbers(1), numbers(2), data["groups"].toInt(), activation, need_input, need_bias);
+      results[0] = need_input ? grad_input : at::Tensor();
+      results[3] = need_bias ? grad_bias : at::Tensor();
+    }
+    const bool handed_on = need_shortcut && grad.is_same(grads[0]);
+    if (handed_on) {
+      results[1].reset();
+    }
+    results = once(data["name"].toStringRef(), std::move(results), grads);
+    if (handed_on) {
+      results[1] = grads[0];
+    }
+    return results;
+  }
+};
+
 struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
   static constexpr int kArguments = 16;
+  static constexpr size_t kOutputs = 4;
 
   static variable_list forward(
       AutogradContext* ctx,
@@ -257,7 +430,7 @@ struct StemBlock : Function<StemBlock> {
          or_undefined(depthwise_scale), or_undefined(project_scale)});
     ctx->saved_data["edges"] = std::vector<int64_t>{to_stem, to_depthwise, to_project};
     // What the block behind the stem is told that its input is: as many channels as a window has values.
-    const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1, act);
+    const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1);
     ctx->saved_data["input_size"] =
         std::vector<int64_t>{stem.batch, stem.taps() * stem.in_channels, stem.rows.positions, stem.columns.positions};
     ctx->saved_data["stride"] = stride[0];
@@ -285,6 +458,7 @@ struct StemBlock : Function<StemBlock> {
 // lite_branch or, with `main`, the sum of it, upsampled, and `main`: in `main` itself, which nobody has kept.
 struct LiteBranch : Function<LiteBranch> {
   static constexpr int kArguments = 20;
+  static constexpr size_t kOutputs = 4;
 
   static variable_list forward(
       AutogradContext* ctx,
@@ -533,14 +707,23 @@ at::Tensor block_chain(
   return output;
 }
 
+// The tensors that F::apply gives as what torch.ops returns.
+template <class F, size_t... I>
+auto as_tuple(const variable_list& outputs, std::index_sequence<I...>) {
+  return std::make_tuple(outputs[I]...);
+}
+template <class F, class... Arguments>
+auto apply(const Arguments&... arguments) {
+  return as_tuple<F>(F::apply(arguments...), std::make_index_sequence<F::kOutputs>());
+}
+
 // What torch.ops calls: the arguments of F::forward after its context.
 template <class F, class Forward = decltype(F::forward)>
 struct Call;
 template <class F, class... Arguments>
 struct Call<F, variable_list(AutogradContext*, Arguments...)> {
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call(typename Passed<Arguments>::type... arguments) {
-    const variable_list outputs = F::apply(arguments...);
-    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  static auto call(typename Passed<Arguments>::type... arguments) {
+    return apply<F>(arguments...);
   }
 };
 template <class F, class... Arguments>
@@ -552,9 +735,8 @@ struct Call<F, at::Tensor(AutogradContext*, Arguments...)> {
 // LiteBranch by itself: nothing that it is added to.
 template <class... Arguments>
 struct Call<LiteBranch, variable_list(AutogradContext*, const OptionalTensor&, Arguments...)> {
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call(typename Passed<Arguments>::type... arguments) {
-    const variable_list outputs = LiteBranch::apply(OptionalTensor(), arguments...);
-    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  static auto call(typename Passed<Arguments>::type... arguments) {
+    return apply<LiteBranch>(OptionalTensor(), arguments...);
   }
 };
 
@@ -562,6 +744,11 @@ struct Call<LiteBranch, variable_list(AutogradContext*, const OptionalTensor&, A
 
 // Schemas of the package's own operators; without a dispatch key, because autograd is inside.
 TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
+  m.def(
+      "frozen_conv(Tensor input, Tensor? shortcut, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
+      "int[2] dilation, int groups, str? activation, bool needs_saved, Tensor? weight_scale, str forward_kernel, "
+      "str backward_kernel) -> (Tensor output, Tensor saved)",
+      TORCH_FN(Call<FrozenConv>::call));
   m.def(
       "frozen_inverted_residual(Tensor input, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
       "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int[2] stride, int[4] padding, "

@@ -41,22 +41,22 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
   m.def("coded_activation_backward(Tensor grad_output, Tensor codes, int zero, int steps) -> Tensor");
   m.def(
       "pointwise_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? addend, int[2] stride, "
-      "str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
+      "str activation, bool needs_saved) -> (Tensor out, Tensor saved)");
   m.def(
-      "pointwise_backward(Tensor grad_output, Tensor mask, Tensor weight, Tensor? weight_scale, int[4] input_size, "
+      "pointwise_backward(Tensor grad_output, Tensor saved, Tensor weight, Tensor? weight_scale, int[4] input_size, "
       "int[2] stride, str activation, bool need_input, bool need_bias) -> (Tensor grad_input, Tensor grad_bias)");
   m.def(
       "depthwise_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int[2] stride, int[4] padding, "
-      "int[2] dilation, str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
+      "int[2] dilation, str activation, bool needs_saved) -> (Tensor out, Tensor saved)");
   m.def(
-      "depthwise_backward(Tensor grad_output, Tensor mask, Tensor weight, Tensor? weight_scale, int[4] input_size, "
+      "depthwise_backward(Tensor grad_output, Tensor saved, Tensor weight, Tensor? weight_scale, int[4] input_size, "
       "int[2] stride, int[4] padding, int[2] dilation, str activation, bool need_input, bool need_bias) -> "
       "(Tensor grad_input, Tensor grad_bias)");
   m.def(
       "dense_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, int[2] stride, int[4] padding, "
-      "int[2] dilation, int groups, str activation, bool needs_mask) -> (Tensor out, Tensor mask)");
+      "int[2] dilation, int groups, str activation, bool needs_saved) -> (Tensor out, Tensor saved)");
   m.def(
-      "dense_backward(Tensor grad_output, Tensor mask, Tensor weight, Tensor? weight_scale, int[4] input_size, "
+      "dense_backward(Tensor grad_output, Tensor saved, Tensor weight, Tensor? weight_scale, int[4] input_size, "
       "int[2] stride, int[4] padding, int[2] dilation, int groups, str activation, bool need_input, bool need_bias) -> "
       "(Tensor grad_input, Tensor grad_bias)");
   m.def(

@@ -1,7 +1,7 @@
-// Frozen dense or grouped k x k convolution with bias, activation and bit mask, and its backward:
+// Frozen dense or grouped k x k convolution with bias and activation (conv_activation.h), and its backward:
 //
-//     y  = act(conv(x, W) + b), mask          any kernel, stride, dilation, four paddings
-//     g  = mask ? dy : 0,  db = sum g,  dx = conv^T(g, W)
+//     y  = act(conv(x, W) + b)          any kernel, stride, dilation, four paddings
+//     g  = act'(..) dy,  db = sum g,  dx = conv^T(g, W)
 //
 // A task takes bands of rows that fit in a core's cache: the rows that a band's results need are copied once, padded
 // with zeros (backward: masked and summed on the way), and every tile of results is an implicit GEMM over them
@@ -19,6 +19,7 @@
 // Where winograd.h applies, the tiles of a band are computed its way instead, in both directions.
 #include "dense_conv.h"
 
+#include "conv_activation.h"
 #include "epilogues.h"
 #include "operators.h"
 #include "parallel.h"
@@ -150,8 +151,9 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
     at::IntArrayRef dilation,
     int64_t groups,
     const std::string& activation,
-    bool needs_mask) {
-  const DenseShape s(x.sizes(), weight, stride, padding, dilation, groups, activation);
+    bool needs_saved) {
+  const DenseShape s(x.sizes(), weight, stride, padding, dilation, groups);
+  const ConvActivation act(activation);
   const FrozenWeight frozen = frozen_weight(weight, weight_scale);
   const int64_t group_out = s.group_out(), height = s.rows.positions, width = s.columns.positions;
   TORCH_CHECK(
@@ -159,10 +161,8 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
       "weight: expected a multiple of 8 output channels a group, so that no two groups share a byte of the mask, got ",
       group_out);
   const at::Tensor input = in_channels_last(x);
-  at::Tensor out = empty_tensor({s.batch, s.out_channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor mask =
-      empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, height, width, s.out_channels);
-  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const ConvOutput output(act, {s.batch, s.out_channels, height, width}, x.options(), needs_saved);
+  uint8_t* bits = output.tile_bits();
   const int64_t mask_stride = mask_bytes(s.out_channels);
   // A bias as the panels read it: every group padded to whole vectors.
   const Panels panels(group_out);
@@ -191,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
         ? WinogradTiles::step(width, band.depth())
         : band_step(band, s.rows.reach() + 1 - s.rows.stride, s.rows.stride, width, chunks > 1);
     const T* source = input.data_ptr<T>();
-    T* target = out.data_ptr<T>();
+    T* target = output.values<T>();
     const auto with_weights = [&](int64_t first_unit, int64_t last_unit, const Element* packed,
                                   const at::Tensor& transformed) {
       for_tasks(bands, [&](int64_t, int64_t image, int64_t task_band) {
@@ -206,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
           // Activation and mask of neighbouring pixels from `pixel` on, of one panel.
           const auto finish = [&](int64_t group, int64_t panel, int64_t pixel, int tile_rows, const float* tile) {
             const int64_t start = panels.start(panel), channel = group * group_out + start;
-            with_activation(s.activation, [&](auto a) {
+            with_activation(act.in_tile(), [&](auto a) {
               finish_tile<a.value>(
                   tile,
                   tile_rows,
@@ -217,6 +217,11 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
                   bits != nullptr ? bits + pixel * mask_stride + channel / 8 : nullptr,
                   mask_stride);
             });
+          };
+          const auto complete = [&](int64_t first_pixel, int64_t pixels) {
+            if (last_unit == packing.units()) {
+              output.finish<T>(first_pixel, pixels);
+            }
           };
           const int64_t first_pixel = (image * height + begin) * width;
           if constexpr (std::is_same_v<Dot, FloatDot>) {
@@ -232,6 +237,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
                       finish(group, panel, first_pixel + row * width, static_cast<int>(width), line);
                     }
                   });
+              complete(first_pixel, pixels);
               continue;
             }
           }
@@ -265,17 +271,18 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
                   finish(group, panel, first_pixel + m0, tile_rows, tile);
                 });
           }
+          complete(first_pixel, pixels);
         }
       });
     };
     for_weights(packing, winograd, with_weights);
   });
-  return {out, mask};
+  return output.result();
 }
 
 std::tuple<at::Tensor, at::Tensor> dense_backward(
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
@@ -286,26 +293,25 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
     const std::string& activation,
     bool need_input,
     bool need_bias) {
-  const DenseShape s(input_size, weight, stride, padding, dilation, groups, activation);
+  const DenseShape s(input_size, weight, stride, padding, dilation, groups);
   const FrozenWeight frozen = frozen_weight(weight, weight_scale);
   const int64_t height = s.rows.positions, width = s.columns.positions;
-  check_size(grad_output, "grad_output", {s.batch, s.out_channels, height, width}, grad_output.scalar_type());
+  const ConvActivation act(activation);
+  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.out_channels, height, width});
   if (!need_input) {
-    return activation_backward(grad_output, mask, activation, 0., false, need_bias);
+    return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }
-  const uint8_t* bits =
-      checked_mask(mask, "mask", s.activation != Activation::none, s.batch, height, width, s.out_channels);
+  const uint8_t* bits = gradient.loop_bits();
   const int64_t mask_stride = mask_bytes(s.out_channels);
-  const at::Tensor grad = in_channels_last(grad_output);
-  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor grad_input = empty_tensor(input_size, gradient.options(), at::MemoryFormat::ChannelsLast);
   const Panels panels(s.group_in());
   const Bands bands(s.batch, s.rows.length, ceil_div(s.rows.reach(), s.rows.stride));
   const int64_t sums_length = padded_channels(s.out_channels);
   at::Tensor partial =
-      zero_tensor({bands.tasks(), sums_length}, grad.options().dtype(at::kFloat).memory_format(std::nullopt));
+      zero_tensor({bands.tasks(), sums_length}, gradient.options().dtype(at::kFloat).memory_format(std::nullopt));
   float* partials = partial.data_ptr<float>();
 
-  with_storage_type(grad.scalar_type(), "grad_output", [&](auto type) {
+  with_storage_type(gradient.dtype(), "grad_output", [&](auto type) {
     using T = decltype(type);
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
@@ -329,7 +335,6 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
     const int64_t step = winograd
         ? WinogradTiles::step(s.columns.length, band.depth())
         : s.rows.stride * band_step(band, halo, 1, s.columns.length * s.rows.stride, chunks > 1);
-    const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
 
     // g of output rows [first, last], zeros around them; sums += the rows in [sum_begin, sum_end).
@@ -345,13 +350,15 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
         const bool summed = sums != nullptr && row >= sum_begin && row < sum_end;
         const int64_t begin = summed ? 0 : std::max<int64_t>(first_column, 0);
         const int64_t end = summed ? width : std::min(first_column + band.width, width);
-        for (int64_t column = begin; column < end; ++column) {
-          const int64_t pixel = (image * height + row) * width + column;
+        const int64_t first_pixel = (image * height + row) * width + begin;
+        const T* from = gradient.pixels<T>(first_pixel, std::max<int64_t>(end - begin, 0));
+        for (int64_t column = begin; column < end; ++column, from += s.out_channels) {
+          const int64_t pixel = first_pixel + column - begin;
           const int64_t place = column - first_column;
           const bool kept = place >= 0 && place < band.width;
           Element* own = flat && kept ? to + place * band.pixel() : pixel_values;
           mask_pixel(
-              source + pixel * s.out_channels,
+              from,
               s.out_channels,
               bits != nullptr ? bits + pixel * mask_stride : nullptr,
               summed ? sums : nullptr,

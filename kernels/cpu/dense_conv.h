@@ -31,7 +31,6 @@ struct Side {
 struct DenseShape {
   int64_t batch, in_channels, out_channels, groups;
   Side rows, columns;
-  Activation activation;
 
   DenseShape(
       at::IntArrayRef input,
@@ -39,9 +38,8 @@ struct DenseShape {
       at::IntArrayRef stride,
       at::IntArrayRef padding,
       at::IntArrayRef dilation,
-      int64_t groups,
-      const std::string& name)
-      : groups(groups), activation(parse_activation(name)) {
+      int64_t groups)
+      : groups(groups) {
     TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input);
     TORCH_CHECK(
         groups >= 1 && weight.dim() == 4 && weight.size(1) * groups == input[1] && weight.size(0) % groups == 0 &&

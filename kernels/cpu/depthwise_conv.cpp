@@ -1,12 +1,13 @@
-// Frozen depthwise convolution with bias, activation and bit mask, and its backward:
+// Frozen depthwise convolution with bias and activation (conv_activation.h), and its backward:
 //
-//     y  = act(depthwise(x, W) + b), mask          any kernel, stride, dilation, four paddings
-//     g  = mask ? dy : 0,  db = sum g,  dx = depthwise^T(g, W)
+//     y  = act(depthwise(x, W) + b)          any kernel, stride, dilation, four paddings
+//     g  = act'(..) dy,  db = sum g,  dx = depthwise^T(g, W)
 //
 // A task walks down the rows of an image (or a band of it) and keeps the rows that one result row needs, all channels
 // wide, in a ring of float32 with zero columns at both ends. Every value is read once and written once.
 #include "operators.h"
 
+#include "conv_activation.h"
 #include "epilogues.h"
 #include "frozen_weight.h"
 #include "parallel.h"
@@ -17,16 +18,13 @@ namespace {
 struct DepthwiseShape {
   int64_t batch, channels, height, width, out_height, out_width;
   Window window;
-  Activation activation;
 
   DepthwiseShape(
       at::IntArrayRef input,
       const at::Tensor& weight,
       at::IntArrayRef stride,
       at::IntArrayRef padding,
-      at::IntArrayRef dilation,
-      const std::string& name)
-      : activation(parse_activation(name)) {
+      at::IntArrayRef dilation) {
     TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input);
     TORCH_CHECK(
         weight.dim() == 4 && weight.size(0) == input[1] && weight.size(1) == 1,
@@ -166,15 +164,13 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
     const std::string& activation,
-    bool needs_mask) {
-  const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation, activation);
+    bool needs_saved) {
+  const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation);
+  const ConvActivation act(activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = in_channels_last(x);
-  at::Tensor out =
-      empty_tensor({s.batch, s.channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor mask =
-      empty_mask(x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
-  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const ConvOutput output(act, {s.batch, s.channels, s.out_height, s.out_width}, x.options(), needs_saved);
+  uint8_t* bits = output.tile_bits();
   const at::Tensor padded = padded_bias(bias, s.channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
   const int64_t mask_stride = mask_bytes(s.channels);
@@ -187,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     const at::Tensor packed = pack_taps<T>(frozen);
     const float* weights = packed.data_ptr<float>();
     const T* source = input.data_ptr<T>();
-    T* target = out.data_ptr<T>();
+    T* target = output.values<T>();
     const ColumnRuns columns = forward_columns(w);
     const auto task = [&](int64_t image, int64_t begin, int64_t end) {
       Ring ring(
@@ -212,7 +208,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
           }
         }
         const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
-        RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, s.activation, {}};
+        RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, act.in_tile(), {}};
         if (bits != nullptr) {
           epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, s.channels};
         }
@@ -224,6 +220,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
             w.taps()};
         correlate_row(
             s.out_width, static_cast<int>(width / kGroup), row_runs, w.stride_width, init, epilogue);
+        output.finish<T>(first_pixel, s.out_width);
       }
     };
     parallel_tasks(bands.tasks(), [&](int64_t t) {
@@ -231,12 +228,12 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
       task(t / bands.per_image, bands.begin(band), bands.begin(band + 1));
     });
   });
-  return {out, mask};
+  return output.result();
 }
 
 std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
@@ -246,22 +243,20 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const std::string& activation,
     bool need_input,
     bool need_bias) {
-  const DepthwiseShape s(input_size, weight, stride, padding, dilation, activation);
+  const DepthwiseShape s(input_size, weight, stride, padding, dilation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  check_size(
-      grad_output, "grad_output", {s.batch, s.channels, s.out_height, s.out_width}, grad_output.scalar_type());
+  const ConvActivation act(activation);
+  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.channels, s.out_height, s.out_width});
   if (!need_input) {
-    return activation_backward(grad_output, mask, activation, 0., false, need_bias);
+    return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }
-  const uint8_t* bits = checked_mask(
-      mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.channels);
-  const at::Tensor grad = in_channels_last(grad_output);
-  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  const uint8_t* bits = gradient.loop_bits();
+  at::Tensor grad_input = empty_tensor(input_size, gradient.options(), at::MemoryFormat::ChannelsLast);
   const int64_t mask_stride = mask_bytes(s.channels);
   const int64_t width = padded_channels(s.channels);
   const Window& w = s.window;
   const Bands bands(s.batch, s.height, ceil_div(s.reach_height(), w.stride_height));
-  at::Tensor partial = zero_tensor({bands.tasks(), width}, grad.options().dtype(at::kFloat));
+  at::Tensor partial = zero_tensor({bands.tasks(), width}, gradient.options().dtype(at::kFloat));
   float* partials = partial.data_ptr<float>();
   // Input row r meets output rows from first_row(r) to last_row(r).
   const auto first_row = [&](int64_t row) {
@@ -271,11 +266,10 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     return std::min(floor_div(row + w.pad_top, w.stride_height), s.out_height - 1);
   };
 
-  with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
+  with_storage_type(gradient.dtype(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
     const at::Tensor packed = pack_taps<T>(frozen);
     const float* weights = packed.data_ptr<float>();
-    const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
     std::vector<ColumnRuns> columns; // of each stride phase
     for (int64_t phase = 0; phase < std::min(w.stride_width, s.width); ++phase) {
@@ -299,9 +293,10 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
         for (; next < to; ++next) {
           const int64_t first_pixel = (image * s.out_height + next) * s.out_width;
           const bool summed = need_bias && next < own_end;
+          const T* source = gradient.pixels<T>(first_pixel, s.out_width);
           float* row = ring.row(next);
           for (int64_t column = 0; column < s.out_width; ++column) {
-            const T* from = source + (first_pixel + column) * s.channels;
+            const T* from = source + column * s.channels;
             for (int64_t c = 0; c < s.channels; c += kGroup) {
               Vec group[kGroupVecs];
               for (int v = 0; v < kGroupVecs; ++v) {

@@ -379,7 +379,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward(
     at::IntArrayRef padding,
     const std::string& activation,
     bool needs_mask) {
-  const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1, activation);
+  const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1);
   at::Tensor matrix;
   with_storage_type(image.scalar_type(), "image", [&](auto zero) {
     matrix = stem_matrix<typename DotFor<decltype(zero)>::type>(stem, stem_weight);

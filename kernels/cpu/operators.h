@@ -59,8 +59,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward( // (grad_inp
     bool need_weight,
     bool need_bias);
 
-// pointwise.cpp: activation in {none, relu, relu6}; addend: as out, added before the activation.
-std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, mask)
+// The convolutions: any activation of conv_activation.h, which says what is saved. pointwise.cpp; addend: as out, added
+// before the activation.
+std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, saved)
     const at::Tensor& x,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
@@ -68,10 +69,10 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward( // (out, mask)
     const OptionalTensor& addend,
     at::IntArrayRef stride,
     const std::string& activation,
-    bool needs_mask);
+    bool needs_saved);
 std::tuple<at::Tensor, at::Tensor> pointwise_backward( // (grad_input, grad_bias)
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
@@ -80,8 +81,8 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward( // (grad_input, grad_bias
     bool need_input,
     bool need_bias);
 
-// depthwise_conv.cpp: activation in {none, relu, relu6}; padding (top, bottom, left, right).
-std::tuple<at::Tensor, at::Tensor> depthwise_forward( // (out, mask)
+// depthwise_conv.cpp: padding (top, bottom, left, right).
+std::tuple<at::Tensor, at::Tensor> depthwise_forward( // (out, saved)
     const at::Tensor& x,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
@@ -90,10 +91,10 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward( // (out, mask)
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
     const std::string& activation,
-    bool needs_mask);
+    bool needs_saved);
 std::tuple<at::Tensor, at::Tensor> depthwise_backward( // (grad_input, grad_bias)
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
@@ -104,9 +105,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward( // (grad_input, grad_bias
     bool need_input,
     bool need_bias);
 
-// dense_conv.cpp: activation in {none, relu, relu6}; padding (top, bottom, left, right); forward in groups: a multiple of
-// 8 output channels each.
-std::tuple<at::Tensor, at::Tensor> dense_forward( // (out, mask)
+// dense_conv.cpp: padding (top, bottom, left, right); forward in groups: a multiple of 8 output channels each.
+std::tuple<at::Tensor, at::Tensor> dense_forward( // (out, saved)
     const at::Tensor& x,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
@@ -116,10 +116,10 @@ std::tuple<at::Tensor, at::Tensor> dense_forward( // (out, mask)
     at::IntArrayRef dilation,
     int64_t groups,
     const std::string& activation,
-    bool needs_mask);
+    bool needs_saved);
 std::tuple<at::Tensor, at::Tensor> dense_backward( // (grad_input, grad_bias)
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,

@@ -1,7 +1,7 @@
-// Frozen 1x1 convolution with bias, activation and bit mask, and its backward:
+// Frozen 1x1 convolution with bias and activation (conv_activation.h), and its backward:
 //
-//     y  = act(x W^T + b + addend), mask   x (N, H, W, C_in), W (C_out, C_in), any stride, no padding
-//     g  = mask ? dy : 0,  db = sum g,  dx = g W
+//     y  = act(x W^T + b + addend)      x (N, H, W, C_in), W (C_out, C_in), any stride, no padding
+//     g  = act'(..) dy,  db = sum g,  dx = g W
 //
 // A task takes runs of pixels small enough to stay in cache. Forward reads x and writes y and the mask once. Backward
 // reads dy once: a run's g goes into scratch, where it is summed and is the GEMM's operand; no full g exists.
@@ -10,6 +10,7 @@
 // walked once for each: only a weight larger than that, which belongs to small images, is walked more than once.
 #include "operators.h"
 
+#include "conv_activation.h"
 #include "epilogues.h"
 #include "frozen_weight.h"
 #include "parallel.h"
@@ -27,10 +28,8 @@ struct PointwiseShape {
   int64_t batch, in_channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t stride_height, stride_width;
-  Activation activation;
 
-  PointwiseShape(at::IntArrayRef input, const at::Tensor& weight, at::IntArrayRef stride, const std::string& name)
-      : activation(parse_activation(name)) {
+  PointwiseShape(at::IntArrayRef input, const at::Tensor& weight, at::IntArrayRef stride) {
     TORCH_CHECK(input.size() == 4, "input: expected 4 dimensions (N, C, H, W), got ", input);
     TORCH_CHECK(
         stride.size() == 2 && stride[0] >= 1 && stride[1] >= 1, "stride: expected two numbers >= 1, got ", stride);
@@ -140,18 +139,17 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     const OptionalTensor& addend,
     at::IntArrayRef stride,
     const std::string& activation,
-    bool needs_mask) {
-  const PointwiseShape s(x.sizes(), weight, stride, activation);
+    bool needs_saved) {
+  const PointwiseShape s(x.sizes(), weight, stride);
+  const ConvActivation act(activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = in_channels_last(x);
-  at::Tensor out = empty_tensor(
-      {s.batch, s.out_channels, s.out_height, s.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  at::Tensor mask = empty_mask(
-      x, needs_mask && s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
-  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  const std::array<int64_t, 4> size{s.batch, s.out_channels, s.out_height, s.out_width};
+  const ConvOutput output(act, size, x.options(), needs_saved);
+  uint8_t* bits = output.tile_bits();
   const at::Tensor padded = padded_bias(bias, s.out_channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
-  const at::Tensor added = checked_addend(addend, out.sizes(), x.scalar_type());
+  const at::Tensor added = checked_addend(addend, size, x.scalar_type());
   const Panels panels(s.out_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
 
@@ -161,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.in_channels);
     const T* source = input.data_ptr<T>();
-    T* target = out.data_ptr<T>();
+    T* target = output.values<T>();
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
       parallel_tasks({pack_forward<Dot, T>(frozen, depth, panels, first, last, packed)});
     };
@@ -175,7 +173,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
         for (int64_t q = first; q < last; ++q) {
           const int64_t start = panels.start(q);
           ActivateToTensor<T> epilogue{
-              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, s.activation, {}};
+              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, act.in_tile(), {}};
           if (added.defined()) {
             epilogue.addend = added.data_ptr<T>() + begin * s.out_channels + start;
           }
@@ -191,15 +189,18 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
               init != nullptr ? init + start : nullptr,
               epilogue);
         }
+        if (last == panels.count) {
+          output.finish<T>(begin, end - begin);
+        }
       });
     });
   });
-  return {out, mask};
+  return output.result();
 }
 
 std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     const at::Tensor& grad_output,
-    const at::Tensor& mask,
+    const at::Tensor& saved,
     const at::Tensor& weight,
     const OptionalTensor& weight_scale,
     at::IntArrayRef input_size,
@@ -207,33 +208,29 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     const std::string& activation,
     bool need_input,
     bool need_bias) {
-  const PointwiseShape s(input_size, weight, stride, activation);
+  const PointwiseShape s(input_size, weight, stride);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  check_size(
-      grad_output, "grad_output", {s.batch, s.out_channels, s.out_height, s.out_width}, grad_output.scalar_type());
+  const ConvActivation act(activation);
+  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.out_channels, s.out_height, s.out_width});
   if (!need_input) {
-    auto [unused, grad_bias] = activation_backward(grad_output, mask, activation, 0., false, need_bias);
-    return {unused, grad_bias};
+    return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }
-  const uint8_t* bits = checked_mask(
-      mask, "mask", s.activation != Activation::none, s.batch, s.out_height, s.out_width, s.out_channels);
-  const at::Tensor grad = in_channels_last(grad_output);
-  at::Tensor grad_input = empty_tensor(input_size, grad.options(), at::MemoryFormat::ChannelsLast);
+  const uint8_t* bits = gradient.loop_bits();
+  at::Tensor grad_input = empty_tensor(input_size, gradient.options(), at::MemoryFormat::ChannelsLast);
   if (s.strided()) {
     grad_input.zero_(); // input pixels that no output pixel reads
   }
   const Panels panels(s.in_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
   const int64_t padded = padded_channels(s.out_channels);
-  at::Tensor partial = zero_tensor({piece_count(s.pixels()), padded}, grad.options().dtype(at::kFloat));
+  at::Tensor partial = zero_tensor({piece_count(s.pixels()), padded}, gradient.options().dtype(at::kFloat));
   float* partials = partial.data_ptr<float>();
 
-  with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
+  with_storage_type(gradient.dtype(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.out_channels), run = s.run_pixels(padded, sizeof(Element));
-    const T* source = grad.data_ptr<T>();
     T* target = grad_input.data_ptr<T>();
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
       parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed)});
@@ -241,6 +238,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       const bool summing = need_bias && first == 0;
       for_runs(s.pixels(), run, [&](int64_t task, int64_t begin, int64_t end) {
+        const T* source = gradient.pixels<T>(begin, end - begin);
         // g of this run, channels padded to whole groups with zeros, and its sums.
         Element* operand = scratch<Element>(kRows, (end - begin) * padded);
         float* sums = scratch<float>(kSums, padded);
@@ -251,7 +249,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
             for (int v = 0; v < kGroupVecs; ++v) {
               const int64_t at = c + v * kLanes;
               const int64_t count = std::clamp<int64_t>(s.out_channels - at, 0, kLanes);
-              group[v] = count > 0 ? load_channels(source + pixel * s.out_channels + at, count) : Vec(0.f);
+              group[v] = count > 0 ? load_channels(source + (pixel - begin) * s.out_channels + at, count) : Vec(0.f);
             }
             if (bits != nullptr) {
               select_group(group, bits + pixel * mask_stride + c / 8, s.out_channels - c);

@@ -30,6 +30,7 @@ OPERATORS = {
     **upsample_add.OPERATORS,
 }
 DIFFERENTIABLE = {
+    **frozen_conv.DIFFERENTIABLE,
     **frozen_inverted_residual.DIFFERENTIABLE,
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,

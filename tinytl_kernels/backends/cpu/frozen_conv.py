@@ -3,8 +3,8 @@
 What a dense or grouped k x k convolution is computed with is decided by :func:`_kernel`, by measurement. Where it is
 oneDNN's, through ATen, bias, activation and bit mask are one pass over its output (``activation.cpp``), and in backward
 the masked gradient and the bias gradient are one pass over a few images at a time, which oneDNN then takes to the input
-gradient. Weights in 8 bits are unpacked by the C++ kernels while they pack their operands, and a slice of channels at a
-time for oneDNN.
+gradient; smooth activations are ATen's there, too. Weights in 8 bits are unpacked by the C++ kernels while they pack
+their operands, and a slice of channels at a time for oneDNN.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from tinytl_kernels.backends.reference.weights import dequantize_if_small
 from tinytl_kernels.core.activations import FULL_VALUE, LEAKY_SLOPE
 from tinytl_kernels.core.layout import format_of, memory_format
 
-# What the pointwise, depthwise and dense kernels apply themselves.
-_IN_KERNEL = {None: "none", "relu": "relu", "relu6": "relu6"}
-
 # Channels a group that fill the vectors of ``dense_conv.cpp``: what it computes has to be at least as wide.
 _DENSE_WIDTH = 16
 # Elements of the largest weight that it is given where packing takes long: 128 x 128 x 3 x 3.
@@ -39,39 +36,38 @@ def frozen_conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups: int,
     activation: str | None, needs_saved: bool, weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if activation in FULL_VALUE:
-        return reference.frozen_conv(
-            input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale
-        )
     layout = memory_format(input, weight)
-    needs_mask = needs_saved and activation is not None
-    batch, _, height, width = input.shape
-    result = (batch, height + padding[0] + padding[1] - 2, width + padding[2] + padding[3] - 2)  # of a 3 x 3 window
-    squares = _in_squares(weight, stride, dilation, weight.size(1), result)
-    kernel = _kernel(weight, groups, padding, activation, input.dtype, weight.size(0) // groups, squares)
-    if kernel == "pointwise":
-        output, mask = torch.ops.tinytl_cpu.pointwise_forward(
-            channels_last(input), weight, weight_scale, bias, None, stride, _IN_KERNEL[activation], needs_mask
-        )
-    elif kernel == "depthwise":
-        output, mask = torch.ops.tinytl_cpu.depthwise_forward(
-            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, _IN_KERNEL[activation],
-            needs_mask,
-        )  # fmt: skip
-    elif kernel == "dense":
-        output, mask = torch.ops.tinytl_cpu.dense_forward(
-            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, groups,
-            _IN_KERNEL[activation], needs_mask,
-        )  # fmt: skip
-    else:
+    kernel = _forward_kernel(input, weight, stride, padding, dilation, groups)
+    if kernel == "onednn":
+        if activation in FULL_VALUE:
+            return reference.frozen_conv(
+                input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale
+            )
         # The bias goes to oneDNN too: added after its output was rounded, it would turn signs, and mask bits, around.
         output = reference.convolve(
             channels_last(input), weight, bias, stride, padding, dilation, groups, torch.channels_last, weight_scale
         )
-        mask = input.new_empty(0, dtype=torch.uint8)
+        saved = input.new_empty(0, dtype=torch.uint8)
         if activation is not None:
-            mask = torch.ops.tinytl_cpu.bias_activation_(output, None, None, activation, LEAKY_SLOPE, needs_mask)
-    return in_layout(output, layout), mask
+            saved = torch.ops.tinytl_cpu.bias_activation_(output, None, None, activation, LEAKY_SLOPE, needs_saved)
+        return in_layout(output, layout), saved
+    if kernel == "pointwise":
+        output, saved = torch.ops.tinytl_cpu.pointwise_forward(
+            channels_last(input), weight, weight_scale, bias, None, stride, activation or "none", needs_saved
+        )
+    elif kernel == "depthwise":
+        output, saved = torch.ops.tinytl_cpu.depthwise_forward(
+            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, activation or "none",
+            needs_saved,
+        )  # fmt: skip
+    else:
+        output, saved = torch.ops.tinytl_cpu.dense_forward(
+            channels_last(input), weight, weight_scale, bias, stride, padding, dilation, groups,
+            activation or "none", needs_saved,
+        )  # fmt: skip
+    if needs_saved and activation in FULL_VALUE:
+        saved = in_layout(saved, layout)
+    return in_layout(output, layout), saved
 
 
 def frozen_conv_add(
@@ -79,9 +75,9 @@ def frozen_conv_add(
     activation: str | None, needs_saved: bool, weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout, input = memory_format(input, weight), channels_last(input)
-    if _is_pointwise(weight, groups, padding) and activation in _IN_KERNEL:
+    if _is_pointwise(weight, groups, padding):
         output, mask = torch.ops.tinytl_cpu.pointwise_forward(
-            input, weight, weight_scale, bias, shortcut, stride, _IN_KERNEL[activation], needs_saved
+            input, weight, weight_scale, bias, shortcut, stride, activation or "none", needs_saved
         )
     else:
         output, _ = frozen_conv(input, weight, bias, stride, padding, dilation, groups, None, False, weight_scale)
@@ -96,27 +92,26 @@ def frozen_conv_backward(
     activation: str | None, is_channels_last: bool, need_input: bool, need_bias: bool,
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if activation in FULL_VALUE:
+    kernel = _backward_kernel(input_size, grad_output.dtype, weight, stride, padding, dilation, groups)
+    if kernel == "onednn" and activation in FULL_VALUE:
         return reference.frozen_conv_backward(
             grad_output, weight, saved, input_size, stride, padding, dilation, groups, activation, is_channels_last,
             need_input, need_bias, weight_scale,
         )  # fmt: skip
-    squares = _in_squares(weight, stride, dilation, weight.size(0) // groups, (input_size[0], *input_size[2:]))
-    kernel = _kernel(weight, groups, padding, activation, grad_output.dtype, weight.size(1), squares)
     grad_output = channels_last(grad_output)
     if kernel == "pointwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.pointwise_backward(
-            grad_output, saved, weight, weight_scale, input_size, stride, _IN_KERNEL[activation], need_input, need_bias
+            grad_output, saved, weight, weight_scale, input_size, stride, activation or "none", need_input, need_bias
         )
     elif kernel == "depthwise":
         grad_input, grad_bias = torch.ops.tinytl_cpu.depthwise_backward(
-            grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, _IN_KERNEL[activation],
+            grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, activation or "none",
             need_input, need_bias,
         )  # fmt: skip
     elif kernel == "dense":
         grad_input, grad_bias = torch.ops.tinytl_cpu.dense_backward(
             grad_output, saved, weight, weight_scale, input_size, stride, padding, dilation, groups,
-            _IN_KERNEL[activation], need_input, need_bias,
+            activation or "none", need_input, need_bias,
         )  # fmt: skip
     else:
         grad_input, grad_bias = _onednn_backward(
@@ -124,6 +119,33 @@ def frozen_conv_backward(
             need_bias, weight_scale,
         )  # fmt: skip
     return in_layout(grad_input, format_of(is_channels_last)) if need_input else grad_input, grad_bias
+
+
+def differentiable(input: Tensor, *arguments) -> tuple[Tensor, Tensor] | None:
+    """:func:`frozen_conv` with its derivative in C++ (``autograd.cpp``)."""
+    return _differentiable(input, None, *arguments)
+
+
+def differentiable_add(input: Tensor, shortcut: Tensor, *arguments) -> tuple[Tensor, Tensor] | None:
+    """:func:`frozen_conv_add` with its derivative in C++ (``autograd.cpp``)."""
+    return _differentiable(input, shortcut, *arguments)
+
+
+def _differentiable(
+    input: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor | None, stride, padding, dilation,
+    groups: int, activation: str | None, needs_saved: bool, weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    if memory_format(input, weight) is not torch.channels_last:
+        return None
+    forward = backward = _forward_kernel(input, weight, stride, padding, dilation, groups)
+    if input.requires_grad:
+        backward = _backward_kernel(input.shape, input.dtype, weight, stride, padding, dilation, groups)
+    if "onednn" in (forward, backward):
+        return None
+    return torch.ops.tinytl_cpu.frozen_conv(
+        input, shortcut, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale,
+        forward, backward,
+    )  # fmt: skip
 
 
 def _onednn_backward(
@@ -151,19 +173,33 @@ def _onednn_backward(
     return grad_input, grad_bias
 
 
+def _forward_kernel(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
+    """Who computes a convolution."""
+    height, width = input.shape[2:]
+    result = (input.size(0), height + padding[0] + padding[1] - 2, width + padding[2] + padding[3] - 2)  # if 3 x 3
+    terms, results = weight.size(1), weight.size(0) // groups
+    return _kernel(weight, groups, stride, padding, dilation, input.dtype, terms, results, result)
+
+
+def _backward_kernel(input_size, dtype: torch.dtype, weight: Tensor, stride, padding, dilation, groups: int) -> str:
+    """Who computes its input gradient."""
+    result = (input_size[0], *input_size[2:])
+    terms, results = weight.size(0) // groups, weight.size(1)
+    return _kernel(weight, groups, stride, padding, dilation, dtype, terms, results, result)
+
+
 def _kernel(
-    weight: Tensor, groups: int, padding, activation: str | None, dtype: torch.dtype, width: int, squares: bool
+    weight: Tensor, groups: int, stride, padding, dilation, dtype: torch.dtype, terms: int, results: int, result
 ) -> str:
-    """Who computes a convolution whose results are ``width`` channels a group (backward: input channels)."""
-    if activation not in _IN_KERNEL:
-        return "onednn"
+    """Who computes a ``result`` of images, rows, columns: ``results`` channels a group, of ``terms`` channels each."""
     if _is_pointwise(weight, groups, padding):
         return "pointwise"
     if groups == weight.size(0) and weight.size(1) == 1:
         return "depthwise"
-    if groups > 1 and width % 8:
+    if groups > 1 and results % 8:
         return "onednn"  # two groups would share a byte of the mask
-    return "dense" if _dense_is_faster(weight, dtype, width, squares) else "onednn"
+    squares = _in_squares(weight, stride, dilation, terms, result)
+    return "dense" if _dense_is_faster(weight, dtype, results, squares) else "onednn"
 
 
 def _is_pointwise(weight: Tensor, groups: int, padding) -> bool:
@@ -238,6 +274,7 @@ def _onednn_lacks_bfloat16() -> bool:
 
 _ONEDNN_LACKS_BFLOAT16 = _onednn_lacks_bfloat16()
 
+DIFFERENTIABLE = {"frozen_conv": differentiable, "frozen_conv_add": differentiable_add}
 OPERATORS = {
     "frozen_conv": frozen_conv,
     "frozen_conv_add": frozen_conv_add,
