@@ -25,6 +25,7 @@ class Case:
         input_size: (N, C, H, W).
         limit: What bounds it on the hardware, and so which rate is reported: ``"flops"`` or ``"bytes"``.
         has_norm: Whether there is a BatchNorm that can be folded.
+        recomputed: Whether ``convert`` makes its blocks compute themselves again in backward.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     input_size: tuple[int, int, int, int]
     limit: Literal["flops", "bytes"] = "flops"
     has_norm: bool = True
+    recomputed: bool = False
 
     @property
     def batch(self) -> int:

@@ -88,9 +88,12 @@ def _conv(
     return KernelCase(case, (8, channels, side, side), make)
 
 
-def _depthwise(channels: int, side: int, kernel: int, stride: int, int8: bool = False) -> KernelCase:
-    case = f"depthwise{'_int8' if int8 else ''}_{kernel}x{kernel}_s{stride}_{channels}_{side}"
-    make = partial(_frozen, channels, kernel, stride, channels, "relu6", int8)
+def _depthwise(
+    channels: int, side: int, kernel: int, stride: int, *, name: str = "depthwise", activation: str = "relu6",
+    int8: bool = False,
+) -> KernelCase:  # fmt: skip
+    case = f"{name}_{kernel}x{kernel}_s{stride}_{channels}_{side}"
+    make = partial(_frozen, channels, kernel, stride, channels, activation, int8)
     return KernelCase(case, (8, channels, side, side), make)
 
 
@@ -175,7 +178,11 @@ KERNELS = (
     _depthwise(144, 56, 5, 2),
     _depthwise(192, 28, 7, 1),
     _depthwise(144, 56, 7, 2),
-    _depthwise(144, 56, 3, 1, int8=True),
+    _depthwise(144, 56, 3, 1, name="depthwise_int8", int8=True),
+    _conv("pointwise_hardswish", 112, 672, 14, activation="hardswish"),
+    _conv("pointwise_silu", 112, 672, 14, activation="silu"),
+    _depthwise(672, 14, 5, 1, name="depthwise_hardswish", activation="hardswish"),
+    _depthwise(672, 14, 5, 1, name="depthwise_silu", activation="silu"),
     _conv("stem", 3, 32, 224, 3, stride=2),
     _conv("dense", 64, 64, 56, 3, activation="relu"),
     _conv("dense", 128, 128, 56, 3, stride=2, activation="relu"),

@@ -30,6 +30,7 @@ def lineup(level: str) -> tuple[Contestant, ...]:
         peers.STOCK_BIAS_BF16,
         peers.STOCK_FULL,
         *_flat(mine),
+        ours.kept("cpu"),
     )
 
 

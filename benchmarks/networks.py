@@ -11,8 +11,9 @@ from tinytl_kernels.models import build_model
 FULL_LINEUP = "mobilenet_v2_b8"
 
 
-def _network(name: str, model: str, batch: int) -> Case:
-    return Case(f"{name}_b{batch}", "network", partial(build_model, model, pretrained=False), (batch, 3, 224, 224))
+def _network(name: str, model: str, batch: int, *, recomputed: bool = False) -> Case:
+    make = partial(build_model, model, pretrained=False)
+    return Case(f"{name}_b{batch}", "network", make, (batch, 3, 224, 224), recomputed=recomputed)
 
 
 NETWORKS = (
@@ -22,5 +23,7 @@ NETWORKS = (
     _network("mnasnet1_0", "torchvision:mnasnet1_0", 8),
     _network("fbnetc_100", "timm:fbnetc_100", 8),
     _network("resnet50", "torchvision:resnet50", 8),
+    _network("mobilenet_v3_large", "torchvision:mobilenet_v3_large", 8, recomputed=True),
+    _network("efficientnet_b0", "torchvision:efficientnet_b0", 8, recomputed=True),
 )
 BY_NAME = {case.name: case for case in NETWORKS}

@@ -14,10 +14,10 @@ from benchmarks.peers import only_full_lineup
 from tinytl_kernels.backends import backend_module
 
 
-def converted(method: str, stock: nn.Module, case: Case) -> nn.Module:
+def converted(method: str, stock: nn.Module, case: Case, *, recompute: bool = True) -> nn.Module:
     """``convert`` as a user calls it; the norms of lite residuals train, all else is frozen."""
     if case.level == "network" or method == "bias":
-        module = tk.convert(stock, method, example_input=case.input(), inplace=True)
+        module = tk.convert(stock, method, example_input=case.input(), inplace=True, recompute=recompute)
     else:
         module = _with_lite_residual(stock, case)
     for child in module.modules():
@@ -43,6 +43,23 @@ def contestants(backend: str, *methods: str, half: bool) -> tuple[Contestant, ..
         if half and method == "bias":
             lineup.append(_contestant(backend, method, "bfloat16"))
     return tuple(lineup)
+
+
+def kept(backend: str) -> Contestant:
+    """``bias`` without computing anything again."""
+    return Contestant(
+        key=f"ours_{backend}_bias_kept",
+        label=f"**tinytl** bias, {backend}, recompute=False",
+        build=partial(converted, "bias", recompute=False),
+        method="bias",
+        precision="float32",
+        backend=backend,
+        unavailable=partial(_nothing_recomputed, backend),
+    )
+
+
+def _nothing_recomputed(backend: str, case: Case) -> str | None:
+    return _unavailable(backend, "bias", case) if case.recomputed else "no block of it is computed again"
 
 
 def _contestant(backend: str, method: str, precision: str) -> Contestant:

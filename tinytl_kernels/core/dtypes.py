@@ -29,4 +29,4 @@ _HALF = (torch.float16, torch.bfloat16)
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor``, called ``name``, is of that shape."""
     if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")

@@ -90,32 +90,36 @@ def check_conv(
     input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None
 ) -> None:
     check_activation(activation)
-    if input.dim() != 4:
-        raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(input.shape)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight.shape)}")
+    size, weight_size = (
+        input.shape,
+        weight.shape,
+    )  # once: a small convolution takes about as long as all that is asked here
+    if len(size) != 4:
+        raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(size)}")
+    if len(weight_size) != 4:
+        raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight_size)}")
     if not input.is_floating_point():
         raise ValueError(f"input: expected a floating point dtype, got {input.dtype}")
     check_weight("weight", weight, weight_scale, input)
-    if groups < 1 or weight.size(0) % groups:
-        raise ValueError(f"groups: expected a divisor of the {weight.size(0)} output channels, got {groups}")
-    if input.size(1) != weight.size(1) * groups:
+    if groups < 1 or weight_size[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight_size[0]} output channels, got {groups}")
+    if size[1] != weight_size[1] * groups:
         raise ValueError(
-            f"input: expected {weight.size(1) * groups} channels (weight {tuple(weight.shape)}, groups {groups}), "
-            f"got {input.size(1)} in shape {tuple(input.shape)}"
+            f"input: expected {weight_size[1] * groups} channels (weight {tuple(weight_size)}, groups {groups}), "
+            f"got {size[1]} in shape {tuple(size)}"
         )
     if bias is not None:
         check_companion("bias", bias, input)
-        check_shape("bias", bias, (weight.size(0),))
+        check_shape("bias", bias, weight_size[:1])
     for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
         expected = 4 if name == "padding" else 2
-        if len(values) != expected or any(value < least for value in values):
+        if len(values) != expected or min(values) < least:
             raise ValueError(f"{name}: expected {expected} numbers of at least {least}, got {tuple(values)}")
-    height, width = conv_output_size(input.shape, weight.shape, stride, padding, dilation)
+    height, width = conv_output_size(size, weight_size, stride, padding, dilation)
     if height < 1 or width < 1:
         raise ValueError(
-            f"input: {tuple(input.shape[2:])} with padding {tuple(padding)} is smaller than the kernel "
-            f"{tuple(weight.shape[2:])} with dilation {tuple(dilation)}"
+            f"input: {tuple(size[2:])} with padding {tuple(padding)} is smaller than the kernel "
+            f"{tuple(weight_size[2:])} with dilation {tuple(dilation)}"
         )
 
 

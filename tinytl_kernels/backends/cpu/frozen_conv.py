@@ -1,10 +1,10 @@
 """Frozen convolutions on the CPU: ``pointwise.cpp``, ``depthwise_conv.cpp``, ``dense_conv.cpp``; oneDNN for the rest.
 
-What a dense or grouped k x k convolution is computed with is decided by :func:`_kernel`, by measurement. Where it is
-oneDNN's, through ATen, bias, activation and bit mask are one pass over its output (``activation.cpp``), and in backward
-the masked gradient and the bias gradient are one pass over a few images at a time, which oneDNN then takes to the input
-gradient; smooth activations are ATen's there, too. Weights in 8 bits are unpacked by the C++ kernels while they pack
-their operands, and a slice of channels at a time for oneDNN.
+What a dense or grouped k x k convolution is computed with is decided by :func:`_dense_kernel`, by measurement. Where it
+is oneDNN's, through ATen, bias, activation and bit mask are one pass over its output (``activation.cpp``), and in
+backward the masked gradient and the bias gradient are one pass over a few images at a time, which oneDNN then takes to
+the input gradient; smooth activations are ATen's there, too. Weights in 8 bits are unpacked by the C++ kernels while
+they pack their operands, and a slice of channels at a time for oneDNN.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _differentiable(
     if memory_format(input, weight) is not torch.channels_last:
         return None
     forward = backward = _forward_kernel(input, weight, stride, padding, dilation, groups)
-    if input.requires_grad:
+    if input.requires_grad and forward not in ("pointwise", "depthwise"):
         backward = _backward_kernel(input.shape, input.dtype, weight, stride, padding, dilation, groups)
     if "onednn" in (forward, backward):
         return None
@@ -175,27 +175,34 @@ def _onednn_backward(
 
 def _forward_kernel(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
     """Who computes a convolution."""
+    if kernel := _plain_kernel(weight, groups, padding):
+        return kernel
     height, width = input.shape[2:]
     result = (input.size(0), height + padding[0] + padding[1] - 2, width + padding[2] + padding[3] - 2)  # if 3 x 3
     terms, results = weight.size(1), weight.size(0) // groups
-    return _kernel(weight, groups, stride, padding, dilation, input.dtype, terms, results, result)
+    return _dense_kernel(weight, groups, stride, dilation, input.dtype, terms, results, result)
 
 
 def _backward_kernel(input_size, dtype: torch.dtype, weight: Tensor, stride, padding, dilation, groups: int) -> str:
     """Who computes its input gradient."""
+    if kernel := _plain_kernel(weight, groups, padding):
+        return kernel
     result = (input_size[0], *input_size[2:])
     terms, results = weight.size(0) // groups, weight.size(1)
-    return _kernel(weight, groups, stride, padding, dilation, dtype, terms, results, result)
+    return _dense_kernel(weight, groups, stride, dilation, dtype, terms, results, result)
 
 
-def _kernel(
-    weight: Tensor, groups: int, stride, padding, dilation, dtype: torch.dtype, terms: int, results: int, result
-) -> str:
-    """Who computes a ``result`` of images, rows, columns: ``results`` channels a group, of ``terms`` channels each."""
+def _plain_kernel(weight: Tensor, groups: int, padding) -> str | None:
+    """Who computes a 1x1 or a depthwise convolution, in both directions; None for any other."""
     if _is_pointwise(weight, groups, padding):
         return "pointwise"
-    if groups == weight.size(0) and weight.size(1) == 1:
-        return "depthwise"
+    return "depthwise" if groups == weight.size(0) and weight.size(1) == 1 else None
+
+
+def _dense_kernel(
+    weight: Tensor, groups: int, stride, dilation, dtype: torch.dtype, terms: int, results: int, result
+) -> str:
+    """Who computes a ``result`` of images, rows, columns: ``results`` channels a group, sums over ``terms``."""
     if groups > 1 and results % 8:
         return "onednn"  # two groups would share a byte of the mask
     squares = _in_squares(weight, stride, dilation, terms, result)
