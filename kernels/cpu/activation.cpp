@@ -21,11 +21,6 @@
 namespace tinytl::cpu {
 namespace {
 
-// Pixels are cut into as many runs, each with sums of its own.
-int64_t pixel_tasks(int64_t pixels, int64_t channels) {
-  return piece_count(ceil_div(pixels * channels, 16384));
-}
-
 at::Tensor run_forward(
     const at::Tensor& x,
     at::Tensor& y,

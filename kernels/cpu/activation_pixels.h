@@ -3,6 +3,7 @@
 
 #include "bitmask.h"
 #include "common.h"
+#include "parallel.h"
 
 #include <algorithm>
 
@@ -12,6 +13,11 @@ namespace tinytl::cpu {
 constexpr float kLeakySlope = 0.01f;
 
 constexpr int64_t kSumPixels = 64; // pixels in one chain of additions
+
+// Pixels are cut into as many runs, each with sums of its own.
+inline int64_t pixel_tasks(int64_t pixels, int64_t channels) {
+  return piece_count(ceil_div(pixels * channels, 16384));
+}
 
 template <class Body>
 void with_any_activation(Activation activation, Body&& body) {

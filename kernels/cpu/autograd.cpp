@@ -80,6 +80,15 @@ variable_list by_argument(
   return results;
 }
 
+[[noreturn]] void refuse_second_derivative(const std::string& operator_name) {
+  TORCH_CHECK(
+      false,
+      "tinytl::",
+      operator_name,
+      " has no second derivative: the operators of tinytl_kernels keep too little for one. Differentiate twice through "
+      "the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
+}
+
 // Hands gradients on with a history that refuses to be differentiated.
 struct Once : Function<Once> {
   static variable_list forward(AutogradContext* ctx, const std::string& name, at::TensorList gradients, at::TensorList) {
@@ -87,24 +96,20 @@ struct Once : Function<Once> {
     return gradients.vec();
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK(
-        false,
-        "tinytl::",
-        ctx->saved_data["name"].toStringRef(),
-        "_backward has no second derivative: the operators of tinytl_kernels keep too little for one. Differentiate "
-        "twice through the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
+    refuse_second_derivative(ctx->saved_data["name"].toStringRef() + "_backward");
   }
 };
 
 // results: by argument of the forward, undefined where there is none. They depend on grad_outputs.
 variable_list once(const std::string& name, variable_list results, const variable_list& grad_outputs) {
   const auto differentiated = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
-  if (!at::GradMode::is_enabled() || std::none_of(grad_outputs.begin(), grad_outputs.end(), differentiated)) {
+  const auto given = [](const at::Tensor& t) { return t.defined(); };
+  if (!at::GradMode::is_enabled() || std::none_of(grad_outputs.begin(), grad_outputs.end(), differentiated) ||
+      std::none_of(results.begin(), results.end(), given)) {
     return results;
   }
   variable_list defined, sources;
-  std::copy_if(
-      results.begin(), results.end(), std::back_inserter(defined), [](const auto& t) { return t.defined(); });
+  std::copy_if(results.begin(), results.end(), std::back_inserter(defined), given);
   std::copy_if(grad_outputs.begin(), grad_outputs.end(), std::back_inserter(sources), differentiated);
   const variable_list wrapped = Once::apply(name, at::TensorList(defined), at::TensorList(sources));
   auto next = wrapped.begin();
@@ -114,16 +119,6 @@ variable_list once(const std::string& name, variable_list results, const variabl
     }
   }
   return results;
-}
-
-// For what keeps a number without history: its part of a second derivative could only be lost in silence.
-void refuse_second_derivative(const std::string& name) {
-  TORCH_CHECK(
-      !at::GradMode::is_enabled(),
-      "tinytl::",
-      name,
-      " has no second derivative: the operators of tinytl_kernels keep too little for one. Differentiate twice through "
-      "the plain PyTorch model that tinytl_kernels.to_torch(model) gives.");
 }
 
 void refuse_trained(const OptionalTensor& weight, const char* name) {
@@ -259,11 +254,12 @@ struct FrozenConv : Function<FrozenConv> {
     ctx->save_for_backward({weight, saved, or_undefined(weight_scale)});
     ctx->saved_data["edges"] = std::vector<int64_t>{to_input, to_shortcut, to_bias};
     ctx->saved_data["input_size"] = input.sizes().vec();
-    ctx->saved_data["geometry"] = std::vector<std::vector<int64_t>>{stride.vec(), padding.vec(), dilation.vec()};
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["activation"] = act;
     ctx->saved_data["kernel"] = backward_kernel;
-    ctx->saved_data["name"] = std::string(shortcut.has_value() ? "frozen_conv_add" : "frozen_conv");
     ctx->set_materialize_grads(false); // no zeros for what is saved
     ctx->mark_non_differentiable({saved});
     return {out, saved};
@@ -275,38 +271,34 @@ struct FrozenConv : Function<FrozenConv> {
     }
     auto& data = ctx->saved_data;
     std::string activation = data["activation"].toStringRef();
-    if (ConvActivation(activation).is_smooth()) {
-      refuse_second_derivative(data["name"].toStringRef());
+    // The value before a smooth activation is kept as a number without history: its part of a second derivative could
+    // only be lost in silence.
+    if (at::GradMode::is_enabled() && ConvActivation(activation).is_smooth()) {
+      refuse_second_derivative("frozen_conv");
     }
     const auto saved = ctx->get_saved_variables();
     const auto [need_input, need_shortcut, need_bias] = needed<3>(ctx);
-    at::Tensor grad = grads[0], kept = saved[1];
+    at::Tensor grad = grads[0], handed_on;
     variable_list results(kArguments);
-    if (need_shortcut) {
-      grad = in_channels_last(grad);
-      if (activation != "none") {
-        TINYTL_RECORDED("activation_backward");
-        grad = std::get<0>(activation_backward(grad, kept, activation, kLeakySlope, true, false));
-        activation = "none";
-      }
+    if (need_shortcut && activation == "none") {
+      grad = handed_on = grad.contiguous(at::MemoryFormat::ChannelsLast);
+    } else if (need_shortcut) {
+      TINYTL_RECORDED("activation_backward");
+      grad = std::get<0>(activation_backward(grad, saved[1], activation, kLeakySlope, true, false));
+      activation = "none";
       results[1] = grad;
     }
     if (need_input || need_bias) {
-      const auto geometry = data["geometry"].toList();
-      const auto numbers = [&](size_t i) { return geometry.get(i).toIntVector(); };
       const auto [grad_input, grad_bias] = conv_backward(
-          data["kernel"].toStringRef(), grad, kept, saved[0], or_none(saved[2]), data["input_size"].toIntVector(),
-          numbers(0), numbers(1), numbers(2), data["groups"].toInt(), activation, need_input, need_bias);
+          data["kernel"].toStringRef(), grad, saved[1], saved[0], or_none(saved[2]), data["input_size"].toIntVector(),
+          data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
+          data["groups"].toInt(), activation, need_input, need_bias);
       results[0] = need_input ? grad_input : at::Tensor();
       results[3] = need_bias ? grad_bias : at::Tensor();
     }
-    const bool handed_on = need_shortcut && grad.is_same(grads[0]);
-    if (handed_on) {
-      results[1].reset();
-    }
-    results = once(data["name"].toStringRef(), std::move(results), grads);
-    if (handed_on) {
-      results[1] = grads[0];
+    results = once("frozen_conv", std::move(results), grads);
+    if (handed_on.defined()) {
+      results[1] = handed_on;
     }
     return results;
   }

@@ -7,7 +7,8 @@
 //     leaky_relu    y = x > 0 ? x : slope x            bit = x > 0
 //     hardsigmoid   y = min(max(x + 3, 0), 6) / 6      bit = -3 < x && x < 3
 //
-// The last two only stand alone (activation.cpp, where the backward of each is). The comparisons decide what a NaN
+// The last two are a pass of their own, alone (activation.cpp) or behind a convolution (conv_activation.h), and so is
+// the backward of each. The comparisons decide what a NaN
 // does, as in PyTorch's vectorised backward and the reference backend: it passes relu and no other. The value itself
 // keeps a NaN: the operand order of clamp() lets it through the min and max instructions. A blocked gradient is a
 // select, never a product: an infinite one becomes exactly 0.

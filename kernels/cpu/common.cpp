@@ -18,7 +18,9 @@ at::Tensor empty_tensor(
 
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor zeros = empty_tensor(sizes, options); // at::zeros is three operators
-  std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
+  if (zeros.numel() > 0) { // memset refuses the null pointer of an empty one
+    std::memset(zeros.mutable_data_ptr(), 0, zeros.nbytes());
+  }
   return zeros;
 }
 
@@ -38,7 +40,7 @@ at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at
   return in_channels_last(*addend);
 }
 
-Activation parse_activation(const std::string& name, bool stand_alone) {
+Activation parse_activation(const std::string& name, bool every) {
   if (name == "none") {
     return Activation::none;
   }
@@ -48,16 +50,16 @@ Activation parse_activation(const std::string& name, bool stand_alone) {
   if (name == "relu6") {
     return Activation::relu6;
   }
-  if (stand_alone && name == "leaky_relu") {
+  if (every && name == "leaky_relu") {
     return Activation::leaky_relu;
   }
-  if (stand_alone && name == "hardsigmoid") {
+  if (every && name == "hardsigmoid") {
     return Activation::hardsigmoid;
   }
   TORCH_CHECK(
       false,
       "activation: expected \"none\", \"relu\" or \"relu6\"",
-      stand_alone ? ", \"leaky_relu\" or \"hardsigmoid\"" : "",
+      every ? ", \"leaky_relu\" or \"hardsigmoid\"" : "",
       ", got \"",
       name,
       "\"");

@@ -35,8 +35,8 @@ inline at::Tensor in_channels_last(const at::Tensor& x) {
 // What is added to a result of `size`, in channels_last; undefined where there is nothing to add.
 at::Tensor checked_addend(const OptionalTensor& addend, at::IntArrayRef size, at::ScalarType dtype);
 
-// "none", "relu", "relu6"; with stand_alone also "leaky_relu" and "hardsigmoid".
-Activation parse_activation(const std::string& name, bool stand_alone = false);
+// "none", "relu", "relu6"; with `every` also "leaky_relu" and "hardsigmoid".
+Activation parse_activation(const std::string& name, bool every = false);
 
 // Calls body with a value of the storage type behind dtype.
 template <class Body>

@@ -8,11 +8,12 @@
 namespace tinytl::cpu {
 namespace {
 
+// sigmoid is no convolution's: what it makes is mostly a gate, and kept by the product that it goes to.
 bool names_smooth(const std::string& name) {
-  return name == "hardswish" || name == "silu" || name == "gelu" || name == "gelu_tanh";
+  return name != "sigmoid" && with_smooth(name, [](auto) {});
 }
 
-// Calls body(place, count) for every vector of `elements` neighbours.
+// Calls body(place, lanes) for every vector of `elements` neighbours.
 template <class Body>
 TINYTL_INLINE void for_vectors(int64_t elements, const Body& body) {
   for (int64_t i = 0; i < elements; i += kLanes) {
@@ -55,8 +56,8 @@ void ConvOutput::pass(int64_t first_pixel, int64_t pixels) const {
   to += first_pixel * channels;
   const T* from = values<T>() + first_pixel * channels;
   with_smooth(activation_.smooth, [&](auto f) {
-    for_vectors(pixels * channels, [&](int64_t at, int64_t count) TINYTL_LAMBDA_INLINE {
-      store_channels(to + at, f.value(load_channels(from + at, count)), count);
+    for_vectors(pixels * channels, [&](int64_t at, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      store_channels(to + at, f.value(load_channels(from + at, lanes)), lanes);
     });
   });
 }
@@ -70,7 +71,7 @@ ConvGradient::ConvGradient(
     check_size(saved, "saved", size, grad_output.scalar_type());
     values_ = in_channels_last(saved);
   } else {
-    bits_ = checked_mask(saved, "mask", activation.keeps_bits(), size[0], size[2], size[3], size[1]);
+    bits_ = checked_mask(saved, "saved", activation.keeps_bits(), size[0], size[2], size[3], size[1]);
   }
 }
 
@@ -85,8 +86,8 @@ const T* ConvGradient::pass(const T* grad, int64_t first, int64_t count) const {
   }
   const T* values = values_.data_ptr<T>() + first * channels_;
   with_smooth(activation_.smooth, [&](auto f) {
-    for_vectors(elements, [&](int64_t at, int64_t count) TINYTL_LAMBDA_INLINE {
-      store_channels(to + at, f.gradient(load_channels(values + at, count), load_channels(grad + at, count)), count);
+    for_vectors(elements, [&](int64_t at, int64_t lanes) TINYTL_LAMBDA_INLINE {
+      store_channels(to + at, f.gradient(load_channels(values + at, lanes), load_channels(grad + at, lanes)), lanes);
     });
   });
   return to;
@@ -94,7 +95,7 @@ const T* ConvGradient::pass(const T* grad, int64_t first, int64_t count) const {
 
 at::Tensor ConvGradient::sum(bool wanted) const {
   const int64_t pixels = wanted ? grad_.size(0) * grad_.size(2) * grad_.size(3) : 0;
-  const int64_t runs = ceil_div(pixels, kSumPixels), tasks = piece_count(ceil_div(pixels * channels_, 16384));
+  const int64_t runs = ceil_div(pixels, kSumPixels), tasks = pixel_tasks(pixels, channels_);
   const int64_t length = 2 * padded_channels(channels_);
   const at::Tensor partial = zero_tensor({tasks, length}, options().dtype(at::kFloat));
   float* sums = partial.data_ptr<float>();

@@ -5,7 +5,8 @@
 //
 // none, relu and relu6 are part of the tile that computes z, and of the loop that reads dy. Every other one is a pass
 // over a run of pixels that has just been written or is about to be read, and so is in a core's cache: no tile is
-// compiled for it, and no gradient exists but for a run.
+// compiled for it, and no gradient exists but for a run. Where a kernel reads dy more than once, rows that bands share or
+// for one part of a large weight after the other, g is computed as often.
 #pragma once
 
 #include "common.h"
@@ -90,7 +91,7 @@ class ConvGradient {
   const uint8_t* loop_bits() const {
     return activation_.is_pass() ? nullptr : bits_;
   }
-  const at::TensorOptions options() const {
+  at::TensorOptions options() const {
     return grad_.options();
   }
   at::ScalarType dtype() const {

@@ -19,7 +19,7 @@ TINYTL_INLINE void with_activation(Activation activation, Body&& body) {
       return body(std::integral_constant<Activation, Activation::relu6>());
     case Activation::relu:
       return body(std::integral_constant<Activation, Activation::relu>());
-    default: // none: the others stand alone and never reach a convolution's epilogue
+    default: // none: the others are a pass behind the convolution (conv_activation.h)
       return body(std::integral_constant<Activation, Activation::none>());
   }
 }

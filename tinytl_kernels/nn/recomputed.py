@@ -33,8 +33,9 @@ from tinytl_kernels.ops.library import gradient_needed, no_second_derivative
 # What autograd may keep of a block while a few of its images are computed again, at least one image. Backward has two
 # to three times as much alive, on top of everything kept: with 4 MiB ProxylessNAS-Mobile at batch 8 has its peak there.
 # With 1 MiB nearly every block is computed image by image, and weights are packed as often: MobileNetV3 took 1.7 times
-# as long, for a tenth less at its peak. A GPU wants enough work a kernel.
-CHUNK_BYTES = {"cpu": 11 << 18}
+# as long, for a tenth less at its peak. Between 2 and 3 MiB this is the least at which two images of a block that keeps
+# 1.1 MB, and four of one that keeps 0.7, still go together. A GPU wants enough work a kernel.
+CHUNK_BYTES = {"cpu": 11 << 18}  # 2.75 MiB
 CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 

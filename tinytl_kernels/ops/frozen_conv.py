@@ -90,10 +90,8 @@ def check_conv(
     input, weight, bias, stride, padding, dilation, groups, activation, needs_saved, weight_scale=None
 ) -> None:
     check_activation(activation)
-    size, weight_size = (
-        input.shape,
-        weight.shape,
-    )  # once: a small convolution takes about as long as all that is asked here
+    # Asked for once: a small convolution takes as long as these checks.
+    size, weight_size = input.shape, weight.shape
     if len(size) != 4:
         raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(size)}")
     if len(weight_size) != 4:

@@ -2,14 +2,17 @@
 
 The kernels are built with both (``TINYTL_SANITIZE=1``), every piece of scratch memory an allocation of its own; the
 first error ends the run with its stack. Python itself is not instrumented, so AddressSanitizer is preloaded, and leaks
-are not looked for: Python's own would drown any other.
+are not looked for: Python's own would drown any other. What the sanitizers write goes past pytest, which would keep it
+to itself when they end the process.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -36,8 +39,8 @@ if not library.exists() and (reason := build._build(build.kernel_sources(), fold
 
 def library(name: str) -> str:
     """Path of a run-time library of the compiler's."""
-    compiler = os.environ.get("CXX") or "c++"
-    path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     return os.path.realpath(path.stdout.strip())
 
 
@@ -45,11 +48,20 @@ def main() -> int:
     environment = {**os.environ, "TINYTL_SANITIZE": "1"}
     # Without the preload: a compiler under AddressSanitizer would take minutes.
     subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env=environment, check=True)
-    environment |= {
+    with tempfile.TemporaryDirectory() as folder:
+        returned = run_tests(environment, Path(folder) / "report")
+        for report in sorted(Path(folder).iterdir()):
+            print(report.read_text())
+    return returned
+
+
+def run_tests(environment: dict[str, str], report: Path) -> int:
+    """The exit status of pytest; the sanitizers write into files that begin with ``report``."""
+    environment = environment | {
         # libstdc++ too: AddressSanitizer looks for its exceptions at the start, before torch brings it.
         "LD_PRELOAD": f"{library('libasan.so')}:{library('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=66",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:abort_on_error=0:exitcode=66:log_path={report}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={report}",
         "PYTHONMALLOC": "malloc",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", DESELECTED, *TESTS, *sys.argv[1:]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -62,28 +65,37 @@ def conv_add_case(weight_size, activation):
     return inputs, lambda x, y, b: (ops.frozen_conv_add(x, y, weight, b, 1, padding, activation=activation),)
 
 
+class Case(NamedTuple):
+    """An operator, what makes its inputs and the function of them, and whether it keeps values for backward."""
+
+    operator: str
+    make: Callable
+    keeps_values: bool = False
+
+
 CASES = {
-    "block": ("frozen_inverted_residual", block_case),
-    "branch": ("lite_branch", branch_case),
-    "upsampling": ("upsample_add", upsampling_case),
-    "pointwise": ("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, "relu6", stride=2)),
-    "pointwise smooth": ("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, "hardswish")),
-    "depthwise": ("frozen_conv", lambda: conv_case((20, 1, 5, 5), 20, "leaky_relu")),
-    "depthwise smooth": ("frozen_conv", lambda: conv_case((20, 1, 3, 3), 20, "silu", stride=2)),
-    "dense": ("frozen_conv", lambda: conv_case((24, 16, 3, 3), 1, "hardsigmoid", stride=2)),
-    "dense smooth": ("frozen_conv", lambda: conv_case((24, 16, 5, 5), 1, "gelu")),
-    "winograd smooth": ("frozen_conv", lambda: conv_case((32, 32, 3, 3), 1, "gelu_tanh")),
-    "linear": ("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, None)),
-    "pointwise add": ("frozen_conv_add", lambda: conv_add_case((24, 8, 1, 1), "relu")),
-    "linear add": ("frozen_conv_add", lambda: conv_add_case((24, 8, 1, 1), None)),
-    "dense add": ("frozen_conv_add", lambda: conv_add_case((24, 16, 3, 3), "hardsigmoid")),
+    "block": Case("frozen_inverted_residual", block_case),
+    "branch": Case("lite_branch", branch_case),
+    "upsampling": Case("upsample_add", upsampling_case),
+    "pointwise": Case("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, "relu6", stride=2)),
+    "pointwise hardswish": Case("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, "hardswish"), True),
+    "depthwise leaky": Case("frozen_conv", lambda: conv_case((20, 1, 5, 5), 20, "leaky_relu")),
+    "depthwise silu": Case("frozen_conv", lambda: conv_case((20, 1, 3, 3), 20, "silu", stride=2), True),
+    "dense hardsigmoid": Case("frozen_conv", lambda: conv_case((24, 16, 3, 3), 1, "hardsigmoid", stride=2)),
+    "dense gelu": Case("frozen_conv", lambda: conv_case((24, 16, 5, 5), 1, "gelu"), True),
+    "winograd gelu": Case("frozen_conv", lambda: conv_case((32, 32, 3, 3), 1, "gelu_tanh"), True),
+    "linear": Case("frozen_conv", lambda: conv_case((24, 8, 1, 1), 1, None)),
+    "pointwise add": Case("frozen_conv_add", lambda: conv_add_case((24, 8, 1, 1), "relu")),
+    "linear add": Case("frozen_conv_add", lambda: conv_add_case((24, 8, 1, 1), None)),
+    "dense linear add": Case("frozen_conv_add", lambda: conv_add_case((24, 16, 3, 3), None)),
+    "dense add": Case("frozen_conv_add", lambda: conv_add_case((24, 16, 3, 3), "hardsigmoid")),
 }
 
 
 @pytest.fixture(params=CASES)
 def case(request):
-    name, make = CASES[request.param]
-    return name, *make()
+    operator, make, _ = CASES[request.param]
+    return operator, *make()
 
 
 @pytest.fixture
@@ -115,7 +127,7 @@ def gradients(function, inputs, wanted, pythons=None):
 
 
 def test_every_one_of_them_is_tested():
-    assert {name for name, _ in CASES.values()} == set(CPU.DIFFERENTIABLE)
+    assert {case.operator for case in CASES.values()} == set(CPU.DIFFERENTIABLE)
 
 
 def test_values_and_gradients_are_bit_for_bit_those_of_pythons_autograd(case, counted, monkeypatch):
@@ -153,14 +165,15 @@ def test_a_second_derivative_is_an_error_where_it_is_asked_for(case, counted, re
     name, inputs, function = case
     leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
     output = function(*leaves)[0]
-    if request.node.callspec.id.endswith("smooth"):
-        # Kept as numbers without history: refused as soon as the first derivative is to have one.
-        with pytest.raises(RuntimeError, match=f"tinytl::{name} has no second derivative.*to_torch"):
+    kernel = name.replace("frozen_conv_add", "frozen_conv")
+    if CASES[request.node.callspec.params["case"]].keeps_values:
+        # Without history: refused as soon as the first derivative is to have one.
+        with pytest.raises(RuntimeError, match=f"tinytl::{kernel} has no second derivative.*to_torch"):
             torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
         return
     first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
     assert counted[name] == 1
-    with pytest.raises(RuntimeError, match=f"tinytl::{name}_backward has no second derivative.*to_torch"):
+    with pytest.raises(RuntimeError, match=f"tinytl::{kernel}_backward has no second derivative.*to_torch"):
         sum(g.sum() for g in first).backward()
 
 
@@ -207,3 +220,55 @@ def test_biases_get_gradients_of_their_own_dtype(dtype, counted):
 def test_nchw_is_left_to_python(counted):
     block(torch.randn(2, 8, 6, 6, requires_grad=True), (None, None, None))[0].sum().backward()
     assert not any(counted.values())
+
+
+def test_gradients_come_in_any_layout_and_more_than_once(case):
+    _, inputs, function = case
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    output = function(*leaves)[0]
+    grad = torch.randn(output.shape[1:]).expand(output.shape)
+    expected = torch.autograd.grad(
+        output, leaves, grad.contiguous(memory_format=torch.channels_last), retain_graph=True
+    )
+    for other in (grad, grad.contiguous()):
+        for a, b in zip(torch.autograd.grad(output, leaves, other, retain_graph=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("code", [None, "int8"])
+@pytest.mark.parametrize(("weight_size", "groups"), [((24, 8, 1, 1), 1), ((20, 1, 3, 3), 20), ((24, 16, 3, 3), 1)])
+def test_convolutions_in_half_precision_and_with_8_bits(weight_size, groups, code, dtype, counted, monkeypatch):
+    monkeypatch.setattr("tinytl_kernels.backends.cpu.frozen_conv._onednn_knows_more", lambda dtype: False)
+    monkeypatch.setattr("tinytl_kernels.backends.cpu.frozen_conv._ONEDNN_LACKS_BFLOAT16", True)
+    weight, scale = torch.randn(weight_size), None
+    if code is not None:
+        scale = weight.abs().amax((1, 2, 3)) / 127
+        weight = (weight / scale[:, None, None, None]).round().to(torch.int8)
+    inputs = (channels_last(2, weight_size[1] * groups, 9, 8, dtype=dtype), torch.randn(weight_size[0]).to(dtype))
+
+    def function(x, b):
+        return (ops.frozen_conv(x, weight, b, 1, weight_size[2] // 2, 1, groups, "silu", weight_scale=scale),)
+
+    outputs, grads = gradients(function, inputs, [True, True])
+    assert counted == {"frozen_conv": 1}
+    monkeypatch.delitem(CPU.DIFFERENTIABLE, "frozen_conv")
+    expected_outputs, expected = gradients(function, inputs, [True, True])
+    for a, b in zip(outputs + grads, expected_outputs + expected, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert torch.equal(a, b)
+
+
+def test_a_convolution_of_no_image(counted):
+    weight = channels_last(24, 16, 3, 3)
+    image, bias = torch.zeros(0, 16, 9, 8, requires_grad=True), torch.zeros(24, requires_grad=True)
+    ops.frozen_conv(image, weight, bias, activation="silu").sum().backward()
+    assert counted == {"frozen_conv": 1}
+    assert image.grad.shape == image.shape
+    assert torch.equal(bias.grad, torch.zeros(24))
+
+
+def test_a_convolution_whose_weight_is_trained_is_refused(counted):
+    weight = channels_last(24, 8, 1, 1).requires_grad_()
+    with pytest.raises(RuntimeError, match="computes no weight gradient"):
+        ops.frozen_conv(channels_last(2, 8, 9, 8).requires_grad_(), weight)

@@ -7,11 +7,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.backends.cpu.exact import both, operator, whole_numbers
+from tests.backends.cpu.exact import both, operator, poisoned_memory, whole_numbers
 from tests.checks import compare_with_torch
 from tests.ops.layouts import DTYPES, LAYOUTS, images
 from tests.ops.test_frozen_conv import stock
 from tinytl_kernels import ops
+from tinytl_kernels.backends.reference.activation import (
+    activation_gradient,
+    activation_mask,
+    apply_activation_,
+    apply_smooth_activation,
+)
+from tinytl_kernels.core.activations import FULL_VALUE
 from tinytl_kernels.core.geometry import output_length
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -108,3 +115,80 @@ def test_nan_and_inf_travel_as_in_the_reference(value, kind, activation, dtype):
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
     assert torch.equal(mask, expected)
+
+
+def activated(values, activation):
+    if activation in FULL_VALUE:
+        return apply_smooth_activation(values, activation)
+    return apply_activation_(values.clone(), activation)
+
+
+def convolved(kernel, input, weight, scale, bias, numbers, activation, needs_saved):
+    """(output, saved) of ``kernel``, whatever the backend would choose."""
+    stride, padding, dilation, groups = numbers
+    forward = getattr(torch.ops.tinytl_cpu, f"{kernel}_forward")
+    rest = (activation or "none", needs_saved)
+    if kernel == "pointwise":
+        return forward(input, weight, scale, bias, None, stride, *rest)
+    return forward(input, weight, scale, bias, stride, padding, dilation, *([groups] * (kernel == "dense")), *rest)
+
+
+def gradients(kernel, grad_output, saved, weight, scale, size, numbers, activation, need_input):
+    """(grad_input, grad_bias) of ``kernel``."""
+    stride, padding, dilation, _ = numbers
+    geometry = {"pointwise": (stride,), "depthwise": (stride, padding, dilation)}.get(kernel, numbers)
+    backward = getattr(torch.ops.tinytl_cpu, f"{kernel}_backward")
+    return backward(grad_output, saved, weight, scale, size, *geometry, activation or "none", need_input, True)
+
+
+# kernel, input, weight, geometry. Of the last three the weight is more than is packed at a time: the tensors are walked
+# several times, and a pixel is complete after the last.
+PASSES = {
+    "pointwise": ("pointwise", (3, 20, 5, 7), (37, 20, 1, 1), ([2, 1], [0] * 4, [1, 1], 1)),
+    "depthwise": ("depthwise", (3, 37, 9, 7), (37, 1, 5, 3), ([2, 1], [1, 2, 0, 3], [1, 1], 37)),
+    "dense": ("dense", (3, 12, 9, 7), (21, 12, 3, 3), ([1, 1], [1, 2, 0, 3], [2, 1], 1)),
+    "grouped": ("dense", (3, 24, 9, 7), (48, 8, 3, 3), ([2, 2], [1] * 4, [1, 1], 3)),
+    "squares": ("dense", (2, 32, 14, 15), (40, 32, 3, 3), ([1, 1], [1] * 4, [1, 1], 1)),
+    "large pointwise in 8 bits": ("pointwise", (2, 1000, 3, 3), (1001, 1000, 1, 1), ([1, 1], [0] * 4, [1, 1], 1)),
+    "large dense": ("dense", (2, 200, 5, 5), (403, 200, 3, 3), ([2, 2], [1] * 4, [1, 1], 1)),
+    "large squares": ("dense", (2, 224, 14, 14), (224, 224, 3, 3), ([1, 1], [1] * 4, [1, 1], 1)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["leaky_relu", "hardsigmoid", "hardswish", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", PASSES)
+def test_an_activation_of_its_own_pass_is_that_of_the_plain_convolution(kind, activation, dtype, threads):
+    kernel, size, weight_size, numbers = PASSES[kind]
+    input = torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(weight_size) * (weight_size[1] * weight_size[2] * weight_size[3]) ** -0.5
+    bias, scale = torch.randn(weight_size[0]), None
+    if kind.endswith("8 bits"):
+        scale = weight.abs().amax((1, 2, 3)) / 127
+        weight = (weight / scale[:, None, None, None]).round().to(torch.int8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = (kernel, input, weight, scale, bias, numbers)
+        with poisoned_memory():
+            plain, _ = convolved(*arguments, None, True)
+            output, saved = convolved(*arguments, activation, True)
+            without, nothing = convolved(*arguments, activation, False)
+        assert torch.equal(output, without)
+        assert nothing.numel() == 0
+        assert torch.equal(saved, plain if activation in FULL_VALUE else activation_mask(plain, activation))
+        torch.testing.assert_close(output, activated(plain, activation))
+        grad_output = torch.randn(output.shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        grad = activation_gradient(grad_output, saved, activation).contiguous(memory_format=torch.channels_last)
+        none = torch.empty(0, dtype=torch.uint8)
+        for need_input in (True, False):
+            with poisoned_memory():
+                ours = gradients(kernel, grad_output, saved, weight, scale, size, numbers, activation, need_input)
+            theirs = gradients(kernel, grad, none, weight, scale, size, numbers, None, need_input)
+            # In half precision a gradient may round the other way, and counts in sums of up to 2000 terms.
+            slack = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, **slack)
+    finally:
+        torch.set_num_threads(before)

@@ -138,7 +138,7 @@ def _differentiable(
     if memory_format(input, weight) is not torch.channels_last:
         return None
     forward = backward = _forward_kernel(input, weight, stride, padding, dilation, groups)
-    if input.requires_grad and forward not in ("pointwise", "depthwise"):
+    if forward == "dense" and input.requires_grad:  # without an input gradient any of them adds up the bias's
         backward = _backward_kernel(input.shape, input.dtype, weight, stride, padding, dilation, groups)
     if "onednn" in (forward, backward):
         return None
