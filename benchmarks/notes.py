@@ -40,8 +40,8 @@ REASONS: dict[str, str] = {
         "of 24 -> 144, whose product then has 24 columns."
     ),
     "smooth pass": (
-        "a smooth activation is a pass over pixels that are in cache. Of the pointwise 2.2 ms h-swish takes 0.2 forward, "
-        "0.4 backward, of the depthwise 1.8 it takes 0.4; SiLU, an exponential and a division an element, takes 0.8 to "
+        "a smooth activation is a pass over pixels that are in cache. Of the pointwise 2.2 ms h-swish takes 0.2, then "
+        "0.4 in backward, of the depthwise 1.8 it takes 0.4; SiLU, an exponential and a division an element, takes 0.8 to "
         "1.1 (Zen 3, beside the same convolution without activation)."
     ),
     "picture": (
