@@ -41,7 +41,7 @@ REASONS: dict[str, str] = {
     ),
     "smooth pass": (
         "a smooth activation is a pass over pixels that are in cache. Of the pointwise 2.2 ms h-swish takes 0.2, then "
-        "0.4 in backward, of the depthwise 1.8 it takes 0.4; SiLU, an exponential and a division an element, takes 0.8 to "
+        "0.4 in backward, of the depthwise 1.8 it takes 0.4; SiLU, an exponential and a division an element, 0.8 to "
         "1.1 (Zen 3, beside the same convolution without activation)."
     ),
     "picture": (

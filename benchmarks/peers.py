@@ -41,9 +41,9 @@ def biases_trained(stock: nn.Module, case: Case) -> nn.Module:
     """Every bias is trained, and the classifier."""
     for name, parameter in stock.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
-    for module in stock.modules():
-        if isinstance(module, nn.Linear):
-            module.requires_grad_(True)
+    linears = [module for module in stock.modules() if isinstance(module, nn.Linear)]
+    for classifier in linears[-1:]:
+        classifier.requires_grad_(True)
     return stock
 
 
