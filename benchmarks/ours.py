@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -47,13 +48,12 @@ def contestants(backend: str, *methods: str, half: bool) -> tuple[Contestant, ..
 
 def kept(backend: str) -> Contestant:
     """``bias`` without computing anything again."""
-    return Contestant(
-        key=f"ours_{backend}_bias_kept",
-        label=f"**tinytl** bias, {backend}, recompute=False",
+    plain = _contestant(backend, "bias", "float32")
+    return replace(
+        plain,
+        key=f"{plain.key}_kept",
+        label=f"{plain.label}, recompute=False",
         build=partial(converted, "bias", recompute=False),
-        method="bias",
-        precision="float32",
-        backend=backend,
         unavailable=partial(_nothing_recomputed, backend),
     )
 

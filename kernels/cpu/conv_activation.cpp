@@ -27,16 +27,16 @@ ConvActivation::ConvActivation(const std::string& name)
     : smooth(names_smooth(name) ? name : ""), kind(is_smooth() ? Activation::none : parse_activation(name, true)) {}
 
 ConvOutput::ConvOutput(
-    const ConvActivation& activation, at::IntArrayRef size, const at::TensorOptions& options, bool needs_saved)
+    const std::string& activation, at::IntArrayRef size, const at::TensorOptions& options, bool needs_saved)
     : activation_(activation),
       out_(empty_tensor(size, options, at::MemoryFormat::ChannelsLast)),
       bits_(nullptr),
-      keeps_values_(needs_saved && activation.is_smooth()) {
+      keeps_values_(needs_saved && activation_.is_smooth()) {
   if (keeps_values_) {
     saved_ = empty_tensor(size, options, at::MemoryFormat::ChannelsLast);
     return;
   }
-  saved_ = empty_mask(out_, needs_saved && activation.keeps_bits(), size[0], size[2], size[3], size[1]);
+  saved_ = empty_mask(out_, needs_saved && activation_.keeps_bits(), size[0], size[2], size[3], size[1]);
   if (saved_.numel() > 0) {
     bits_ = saved_.data_ptr<uint8_t>();
   }
@@ -63,15 +63,15 @@ void ConvOutput::pass(int64_t first_pixel, int64_t pixels) const {
 }
 
 ConvGradient::ConvGradient(
-    const ConvActivation& activation, const at::Tensor& grad_output, const at::Tensor& saved, at::IntArrayRef size)
+    const std::string& activation, const at::Tensor& grad_output, const at::Tensor& saved, at::IntArrayRef size)
     : activation_(activation), channels_(size[1]), bits_(nullptr) {
   check_size(grad_output, "grad_output", size, grad_output.scalar_type());
   grad_ = in_channels_last(grad_output);
-  if (activation.is_smooth()) {
+  if (activation_.is_smooth()) {
     check_size(saved, "saved", size, grad_output.scalar_type());
     values_ = in_channels_last(saved);
   } else {
-    bits_ = checked_mask(saved, "saved", activation.keeps_bits(), size[0], size[2], size[3], size[1]);
+    bits_ = checked_mask(saved, "saved", activation_.keeps_bits(), size[0], size[2], size[3], size[1]);
   }
 }
 

@@ -42,13 +42,15 @@ struct ConvActivation {
 // at tile_bits().
 class ConvOutput {
  public:
-  // size: (N, C, H, W). The activation must outlive it.
-  ConvOutput(
-      const ConvActivation& activation, at::IntArrayRef size, const at::TensorOptions& options, bool needs_saved);
+  // size: (N, C, H, W)
+  ConvOutput(const std::string& activation, at::IntArrayRef size, const at::TensorOptions& options, bool needs_saved);
 
   template <class T>
   T* values() const {
     return (keeps_values_ ? saved_ : out_).data_ptr<T>();
+  }
+  Activation tile_activation() const {
+    return activation_.in_tile();
   }
   uint8_t* tile_bits() const { // null: none are wanted of a tile
     return activation_.is_pass() ? nullptr : bits_;
@@ -65,7 +67,7 @@ class ConvOutput {
   }
 
  private:
-  const ConvActivation& activation_;
+  ConvActivation activation_;
   at::Tensor out_, saved_;
   uint8_t* bits_;
   bool keeps_values_;
@@ -77,9 +79,8 @@ class ConvOutput {
 // The gradient at the output of a convolution. size: (N, C, H, W); saved: as the forward returned it.
 class ConvGradient {
  public:
-  // The activation must outlive it.
   ConvGradient(
-      const ConvActivation& activation, const at::Tensor& grad_output, const at::Tensor& saved, at::IntArrayRef size);
+      const std::string& activation, const at::Tensor& grad_output, const at::Tensor& saved, at::IntArrayRef size);
 
   // g of these pixels, all channels; where loop_bits() is not null it is dy, and who reads it selects. In this thread's
   // scratch memory, until the next call.
@@ -101,7 +102,7 @@ class ConvGradient {
   at::Tensor sum(bool wanted) const;
 
  private:
-  const ConvActivation& activation_;
+  ConvActivation activation_;
   at::Tensor grad_, values_; // channels_last
   int64_t channels_;
   const uint8_t* bits_;

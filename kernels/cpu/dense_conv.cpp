@@ -153,7 +153,6 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
     const std::string& activation,
     bool needs_saved) {
   const DenseShape s(x.sizes(), weight, stride, padding, dilation, groups);
-  const ConvActivation act(activation);
   const FrozenWeight frozen = frozen_weight(weight, weight_scale);
   const int64_t group_out = s.group_out(), height = s.rows.positions, width = s.columns.positions;
   TORCH_CHECK(
@@ -161,7 +160,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
       "weight: expected a multiple of 8 output channels a group, so that no two groups share a byte of the mask, got ",
       group_out);
   const at::Tensor input = in_channels_last(x);
-  const ConvOutput output(act, {s.batch, s.out_channels, height, width}, x.options(), needs_saved);
+  const ConvOutput output(activation, {s.batch, s.out_channels, height, width}, x.options(), needs_saved);
   uint8_t* bits = output.tile_bits();
   const int64_t mask_stride = mask_bytes(s.out_channels);
   // A bias as the panels read it: every group padded to whole vectors.
@@ -206,7 +205,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
           // Activation and mask of neighbouring pixels from `pixel` on, of one panel.
           const auto finish = [&](int64_t group, int64_t panel, int64_t pixel, int tile_rows, const float* tile) {
             const int64_t start = panels.start(panel), channel = group * group_out + start;
-            with_activation(act.in_tile(), [&](auto a) {
+            with_activation(output.tile_activation(), [&](auto a) {
               finish_tile<a.value>(
                   tile,
                   tile_rows,
@@ -296,8 +295,7 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
   const DenseShape s(input_size, weight, stride, padding, dilation, groups);
   const FrozenWeight frozen = frozen_weight(weight, weight_scale);
   const int64_t height = s.rows.positions, width = s.columns.positions;
-  const ConvActivation act(activation);
-  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.out_channels, height, width});
+  const ConvGradient gradient(activation, grad_output, saved, {s.batch, s.out_channels, height, width});
   if (!need_input) {
     return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }

@@ -166,10 +166,9 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
     const std::string& activation,
     bool needs_saved) {
   const DepthwiseShape s(x.sizes(), weight, stride, padding, dilation);
-  const ConvActivation act(activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = in_channels_last(x);
-  const ConvOutput output(act, {s.batch, s.channels, s.out_height, s.out_width}, x.options(), needs_saved);
+  const ConvOutput output(activation, {s.batch, s.channels, s.out_height, s.out_width}, x.options(), needs_saved);
   uint8_t* bits = output.tile_bits();
   const at::Tensor padded = padded_bias(bias, s.channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
@@ -208,7 +207,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
           }
         }
         const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
-        RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, act.in_tile(), {}};
+        RowToTensor<T> epilogue{target + first_pixel * s.channels, s.channels, output.tile_activation(), {}};
         if (bits != nullptr) {
           epilogue.mask = {bits + first_pixel * mask_stride, mask_stride, s.channels};
         }
@@ -245,8 +244,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     bool need_bias) {
   const DepthwiseShape s(input_size, weight, stride, padding, dilation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  const ConvActivation act(activation);
-  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.channels, s.out_height, s.out_width});
+  const ConvGradient gradient(activation, grad_output, saved, {s.batch, s.channels, s.out_height, s.out_width});
   if (!need_input) {
     return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }

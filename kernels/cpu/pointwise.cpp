@@ -141,11 +141,10 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     const std::string& activation,
     bool needs_saved) {
   const PointwiseShape s(x.sizes(), weight, stride);
-  const ConvActivation act(activation);
   const FrozenWeight frozen(weight, weight_scale, "weight");
   const at::Tensor input = in_channels_last(x);
   const std::array<int64_t, 4> size{s.batch, s.out_channels, s.out_height, s.out_width};
-  const ConvOutput output(act, size, x.options(), needs_saved);
+  const ConvOutput output(activation, size, x.options(), needs_saved);
   uint8_t* bits = output.tile_bits();
   const at::Tensor padded = padded_bias(bias, s.out_channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
@@ -173,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
         for (int64_t q = first; q < last; ++q) {
           const int64_t start = panels.start(q);
           ActivateToTensor<T> epilogue{
-              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, act.in_tile(), {}};
+              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, output.tile_activation(), {}};
           if (added.defined()) {
             epilogue.addend = added.data_ptr<T>() + begin * s.out_channels + start;
           }
@@ -210,8 +209,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     bool need_bias) {
   const PointwiseShape s(input_size, weight, stride);
   const FrozenWeight frozen(weight, weight_scale, "weight");
-  const ConvActivation act(activation);
-  const ConvGradient gradient(act, grad_output, saved, {s.batch, s.out_channels, s.out_height, s.out_width});
+  const ConvGradient gradient(activation, grad_output, saved, {s.batch, s.out_channels, s.out_height, s.out_width});
   if (!need_input) {
     return {empty_tensor({0}, gradient.options()), gradient.sum(need_bias)};
   }
