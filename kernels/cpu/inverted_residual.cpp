@@ -106,7 +106,8 @@ BlockWeights::BlockWeights(
   }
 }
 
-at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype) {
+at::Tensor pack_block_forward(
+    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool with_project) {
   at::Tensor packed;
   with_storage_type(dtype, "input", [&](auto zero) {
     using T = decltype(zero);
@@ -114,15 +115,19 @@ at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, 
     const auto layout = BlockPack<Dot>::forward(s);
     packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), out_panels(s.out_channels);
-    Tasks expand;
+    Tasks expand, project;
     if (weights.expand.has_value()) {
       const int64_t depth = packed_depth<Dot>(s.in_channels);
       expand = pack_forward<Dot, T>(*weights.expand, depth, panels, 0, panels.count, layout.into(packed));
     }
+    if (with_project) {
+      project =
+          pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed));
+    }
     parallel_tasks({
         expand,
         {1, [&](int64_t) { pack_depthwise<T>(weights.depthwise, layout.depthwise(packed)); }},
-        pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed)),
+        project,
     });
   });
   return packed;

@@ -135,6 +135,39 @@ inline void clear_borders(float* ring, int64_t groups, const Walk& walk, int64_t
   }
 }
 
+// The rings of a task's panels: one each, or one that serves all in turn. inner: columns between the zeros.
+class PanelRings {
+ public:
+  PanelRings(float* data, const Panels& panels, const Walk& walk, int64_t inner)
+      : data_(data), panels_(panels), walk_(walk), inner_(inner) {
+    for (int64_t p = 0; !walk.shared_ring && p < panels.count; ++p) {
+      clear_borders(of(p), panels.groups(p), walk, inner);
+    }
+  }
+  // Elements that this takes.
+  static int64_t elements(const Panels& panels, const Walk& walk) {
+    return walk.ring_rows * walk.ring_pitch * (walk.shared_ring ? panels.width(0) : panels.padded());
+  }
+  // The ring of a panel whose rows come next. read: what they complete is read, zeros included.
+  float* next(int64_t panel, bool read) const {
+    float* ring = of(panel);
+    if (walk_.shared_ring && read) {
+      clear_borders(ring, panels_.groups(panel), walk_, inner_);
+    }
+    return ring;
+  }
+
+ private:
+  float* data_;
+  const Panels& panels_;
+  const Walk& walk_;
+  int64_t inner_;
+
+  float* of(int64_t panel) const {
+    return walk_.shared_ring ? data_ : data_ + panels_.start(panel) * walk_.ring_rows * walk_.ring_pitch;
+  }
+};
+
 // Ring position, in pixels, of every pixel of rows [begin, end).
 inline const int64_t* ring_offsets(int64_t begin, int64_t end, int64_t width, const Walk& walk) {
   int64_t* offsets = scratch<int64_t>(kOffsets, (end - begin) * width);
@@ -162,8 +195,10 @@ struct BlockWeights {
       const OptionalTensor& project_scale);
 };
 
-// Packed weights of one direction for activations of `dtype`, laid out as BlockPack says.
-at::Tensor pack_block_forward(const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype);
+// Packed weights of one direction for activations of `dtype`, laid out as BlockPack says. The projection only where
+// `with_project`.
+at::Tensor pack_block_forward(
+    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool with_project = true);
 // The expansion only where the input's gradient is wanted: nothing else multiplies by it.
 at::Tensor pack_block_backward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input);

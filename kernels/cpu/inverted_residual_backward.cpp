@@ -7,7 +7,7 @@
 // Reads dy, the two masks and the weights; writes dx. Only what is asked for is computed. A task walks down the rows
 // of dx; the ring holds rows of g2, the row buffer rows of g1. Bias gradients are summed over a tile, then a step, then
 // a task, and over tasks in double precision and in order, so that they are exact to rounding and the same every run.
-#include "inverted_residual.h"
+#include "inverted_residual_rows.h"
 
 #include "depthwise.h"
 #include "epilogues.h"
@@ -17,10 +17,9 @@
 #include <utility>
 
 namespace tinytl::cpu {
-namespace {
 
-template <class Dot>
-Walk plan(const BlockShape& s, const Panels& panels, int64_t task_rows) {
+template <class T>
+Walk BlockBackward<T>::walk(int64_t task_rows) const {
   Walk walk;
   // Input column w meets output columns (w + pad_left - j) / stride, for 0 <= j < kernel_width.
   walk.ring_left = std::max<int64_t>(floor_div(s.kernel_width - 1 - s.pad_left, s.stride), 0);
@@ -28,7 +27,7 @@ Walk plan(const BlockShape& s, const Panels& panels, int64_t task_rows) {
   const auto ring_rows = [&](int64_t rows) { return (rows + s.kernel_height - 2) / s.stride + 1; };
   const auto bytes = [&](int64_t rows, int64_t ring_channels) {
     return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
-        rows * s.width * panels.padded() * int64_t(sizeof(typename Dot::Element));
+        rows * s.width * panels.padded() * int64_t(sizeof(Element));
   };
   walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
   walk.step_rows = task_rows;
@@ -40,251 +39,215 @@ Walk plan(const BlockShape& s, const Panels& panels, int64_t task_rows) {
 }
 
 template <class T>
-struct Backward {
-  using Dot = typename DotFor<T>::type;
-  using Element = typename Dot::Element;
+void BlockBackward<T>::project_rows(
+    int64_t image,
+    int64_t panel,
+    int64_t begin,
+    int64_t end,
+    int64_t sum_end,
+    float* ring,
+    int64_t plane,
+    const int64_t* offsets,
+    const Segment<Element>& operand,
+    float* sums) const {
+  const int64_t start = panels.start(panel);
+  const int64_t stride = mask_bytes(s.expanded);
+  const Element* weight = project + start * packed_depth<Dot>(s.out_channels);
+  const auto run = [&](int64_t from, int64_t to, float* to_sums) {
+    const int64_t skipped = (from - begin) * s.out_width;
+    SelectToRing epilogue{ring, plane, offsets + skipped, {}, to_sums};
+    if (mask_depthwise != nullptr) {
+      epilogue.mask = {
+          mask_depthwise + (image * s.out_height + from) * s.out_width * stride + start / 8,
+          stride,
+          s.expanded - start};
+    }
+    const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
+    gemm_panel<Dot>(panels.groups(panel), (to - from) * s.out_width, &rows, 1, weight, nullptr, epilogue);
+  };
+  const int64_t split = need_depthwise_bias ? std::clamp(sum_end, begin, end) : begin;
+  run(begin, split, sums + start);
+  run(split, end, nullptr);
+}
 
-  BlockShape s;
-  Panels panels; // of the expanded channels
-  Panels in_panels;
-  const T* grad_output;
-  const uint8_t *mask_expand, *mask_depthwise; // null: everything passes
-  const Element* project;
-  const float* depthwise;
-  const Element* expand;
-  const T* grad_pooled; // null: none
-  T* grad_input; // null: not wanted
-  bool need_expand_bias, need_depthwise_bias, need_project_bias;
-  std::vector<ColumnRuns> columns; // of each stride phase
-
-  bool needs_g1() const {
-    return grad_input != nullptr || (need_expand_bias && s.has_expand);
-  }
-  bool needs_g2() const {
-    return needs_g1() || need_depthwise_bias;
-  }
-
-  // Rows [begin, end) of g2, one panel, into the ring. Rows before sum_end count in the bias gradient; those after it
-  // belong to the next band.
-  void project_rows(
-      int64_t image,
-      int64_t panel,
-      int64_t begin,
-      int64_t end,
-      int64_t sum_end,
-      float* ring,
-      int64_t plane,
-      const int64_t* offsets,
-      const Segment<Element>& operand,
-      float* sums) const {
-    const int64_t start = panels.start(panel);
-    const int64_t stride = mask_bytes(s.expanded);
-    const Element* weight = project + start * packed_depth<Dot>(s.out_channels);
-    const auto run = [&](int64_t from, int64_t to, float* to_sums) {
-      const int64_t skipped = (from - begin) * s.out_width;
-      SelectToRing epilogue{ring, plane, offsets + skipped, {}, to_sums};
-      if (mask_depthwise != nullptr) {
+template <class T>
+void BlockBackward<T>::transposed_depthwise_rows(
+    int64_t image,
+    int64_t panel,
+    int64_t begin,
+    int64_t end,
+    const float* ring,
+    Element* rows,
+    const Walk& walk,
+    TapRun* runs,
+    float* sums) const {
+  const int64_t start = panels.start(panel);
+  const int64_t width = panels.width(panel);
+  const int64_t stride = mask_bytes(s.expanded);
+  const float* weight = depthwise + start * s.taps();
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t phase = 0; phase < static_cast<int64_t>(columns.size()); ++phase) {
+      const RowRuns row_runs{
+          runs,
+          transposed_runs(s.window(), columns[phase], walk.view(ring), s.out_height, row, weight, runs),
+          columns[phase].kernel_step,
+          walk.plane(),
+          s.taps()};
+      SelectToRows<Element> epilogue{
+          rows + ((row - begin) * s.width + phase) * width, width, s.stride, {}, sums != nullptr ? sums + start : nullptr};
+      if (mask_expand != nullptr) {
         epilogue.mask = {
-            mask_depthwise + (image * s.out_height + from) * s.out_width * stride + start / 8,
+            mask_expand + ((image * s.height + row) * s.width + phase) * stride + start / 8,
             stride,
             s.expanded - start};
       }
-      const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
-      gemm_panel<Dot>(panels.groups(panel), (to - from) * s.out_width, &rows, 1, weight, nullptr, epilogue);
-    };
-    const int64_t split = need_depthwise_bias ? std::clamp(sum_end, begin, end) : begin;
-    run(begin, split, sums + start);
-    run(split, end, nullptr);
-  }
-
-  // Rows [begin, end) of g1, one panel, from the ring into `rows`. Each stride phase of a row has its own taps.
-  void transposed_depthwise_rows(
-      int64_t image,
-      int64_t panel,
-      int64_t begin,
-      int64_t end,
-      const float* ring,
-      Element* rows,
-      const Walk& walk,
-      TapRun* runs,
-      float* sums) const {
-    const int64_t start = panels.start(panel);
-    const int64_t width = panels.width(panel);
-    const int64_t stride = mask_bytes(s.expanded);
-    const float* weight = depthwise + start * s.taps();
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t phase = 0; phase < static_cast<int64_t>(columns.size()); ++phase) {
-        const RowRuns row_runs{
-            runs,
-            transposed_runs(s.window(), columns[phase], walk.view(ring), s.out_height, row, weight, runs),
-            columns[phase].kernel_step,
-            walk.plane(),
-            s.taps()};
-        SelectToRows<Element> epilogue{
-            rows + ((row - begin) * s.width + phase) * width, width, s.stride, {}, sums != nullptr ? sums + start : nullptr};
-        if (mask_expand != nullptr) {
-          epilogue.mask = {
-              mask_expand + ((image * s.height + row) * s.width + phase) * stride + start / 8,
-              stride,
-              s.expanded - start};
-        }
-        correlate_row(ceil_div(s.width - phase, s.stride), panels.groups(panel), row_runs, 1, nullptr, epilogue);
-      }
+      correlate_row(ceil_div(s.width - phase, s.stride), panels.groups(panel), row_runs, 1, nullptr, epilogue);
     }
   }
+}
 
-  // Element offset in grad_pooled of every pixel of input rows [begin, end), -1 for an odd last row or column.
-  const int64_t* pooled_offsets(int64_t image, int64_t begin, int64_t end) const {
-    int64_t* offsets = scratch<int64_t>(kOffsets, (end - begin) * s.width);
-    const int64_t pooled_height = s.height / 2;
-    const int64_t pooled_width = s.width / 2;
-    int64_t* next = offsets;
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t column = 0; column < s.width; ++column) {
-        const bool inside = row / 2 < pooled_height && column / 2 < pooled_width;
-        *next++ = inside
-            ? ((image * pooled_height + row / 2) * pooled_width + column / 2) * s.in_channels
-            : -1;
-      }
+template <class T>
+const int64_t* BlockBackward<T>::pooled_offsets(int64_t image, int64_t begin, int64_t end) const {
+  int64_t* offsets = scratch<int64_t>(kOffsets, (end - begin) * s.width);
+  const int64_t pooled_height = s.height / 2;
+  const int64_t pooled_width = s.width / 2;
+  int64_t* next = offsets;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t column = 0; column < s.width; ++column) {
+      const bool inside = row / 2 < pooled_height && column / 2 < pooled_width;
+      *next++ = inside
+          ? ((image * pooled_height + row / 2) * pooled_width + column / 2) * s.in_channels
+          : -1;
     }
-    return offsets;
   }
+  return offsets;
+}
 
-  // Rows [begin, end) of dx from all panels of g1.
-  void expand_rows(
-      int64_t image,
-      int64_t begin,
-      int64_t end,
-      const Element* rows,
-      int64_t row_pixels,
-      Segment<Element>* segments) const {
-    const int64_t pixels = (end - begin) * s.width;
-    const int64_t first = (image * s.height + begin) * s.width * s.in_channels;
-    const int64_t* offsets = grad_pooled != nullptr ? pooled_offsets(image, begin, end) : nullptr;
-    const auto epilogue_at = [&](int64_t channel) {
-      AddToTensor<T> epilogue{grad_input + first + channel, s.in_channels, s.in_channels - channel};
-      if (s.residual) {
-        epilogue.addend = grad_output + first + channel;
-      }
-      if (grad_pooled != nullptr) {
-        epilogue.pooled = grad_pooled + channel;
-        epilogue.pooled_offsets = offsets;
-      }
-      return epilogue;
-    };
-    if (!s.has_expand) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        const Element* source = rows + panels.start(p) * row_pixels;
-        for (int64_t c = 0; c < panels.width(p); c += kLanes) {
-          const auto epilogue = epilogue_at(panels.start(p) + c);
-          const int64_t count = std::min<int64_t>(epilogue.valid, kLanes);
-          for (int64_t m = 0; count > 0 && m < pixels; ++m) {
-            epilogue.write(m, 0, load_channels(source + m * panels.width(p) + c), count);
-          }
-        }
-      }
-      return;
+template <class T>
+void BlockBackward<T>::expand_rows(
+    int64_t image,
+    int64_t begin,
+    int64_t end,
+    const Element* rows,
+    int64_t row_pixels,
+    Segment<Element>* segments) const {
+  const int64_t pixels = (end - begin) * s.width;
+  const int64_t first = (image * s.height + begin) * s.width * s.in_channels;
+  const int64_t* offsets = grad_pooled != nullptr ? pooled_offsets(image, begin, end) : nullptr;
+  const auto epilogue_at = [&](int64_t channel) {
+    AddToTensor<T> epilogue{grad_input + first + channel, s.in_channels, s.in_channels - channel};
+    if (s.residual) {
+      epilogue.addend = grad_output + first + channel;
     }
+    if (grad_pooled != nullptr) {
+      epilogue.pooled = grad_pooled + channel;
+      epilogue.pooled_offsets = offsets;
+    }
+    return epilogue;
+  };
+  if (!s.has_expand) {
     for (int64_t p = 0; p < panels.count; ++p) {
-      // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
-      const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
-      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
+      const Element* source = rows + panels.start(p) * row_pixels;
+      for (int64_t c = 0; c < panels.width(p); c += kLanes) {
+        const auto epilogue = epilogue_at(panels.start(p) + c);
+        const int64_t count = std::min<int64_t>(epilogue.valid, kLanes);
+        for (int64_t m = 0; count > 0 && m < pixels; ++m) {
+          epilogue.write(m, 0, load_channels(source + m * panels.width(p) + c), count);
+        }
+      }
     }
-    for (int64_t q = 0; q < in_panels.count; ++q) {
-      const int64_t start = in_panels.start(q);
-      auto epilogue = epilogue_at(start);
-      gemm_panel<Dot>(
-          in_panels.groups(q), pixels, segments, panels.count, expand + start * panels.padded(), nullptr, epilogue);
-    }
+    return;
   }
-
-  // sums += dy over the pixels of output rows [begin, end), a row at a time.
-  void sum_output_rows(int64_t image, int64_t begin, int64_t end, float* sums) const {
-    const T* source = grad_output + (image * s.out_height + begin) * s.out_width * s.out_channels;
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t c = 0; c < s.out_channels; c += kLanes) {
-        const int64_t count = std::min<int64_t>(s.out_channels - c, kLanes);
-        Vec total(0.f);
-        for (int64_t column = 0; column < s.out_width; ++column) {
-          total = total + load_channels(source + column * s.out_channels + c, count);
-        }
-        (Vec::loadu(sums + c) + total).store(sums + c);
-      }
-      source += s.out_width * s.out_channels;
-    }
+  for (int64_t p = 0; p < panels.count; ++p) {
+    // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
+    const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
+    segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
   }
+  for (int64_t q = 0; q < in_panels.count; ++q) {
+    const int64_t start = in_panels.start(q);
+    auto epilogue = epilogue_at(start);
+    gemm_panel<Dot>(
+        in_panels.groups(q), pixels, segments, panels.count, expand + start * panels.padded(), nullptr, epilogue);
+  }
+}
 
-  // Input rows [begin, end) of an image. Output rows [own_begin, own_end) are this task's to sum. partial: zeros on
-  // entry; bias gradients of the expanded channels (depthwise, expand), then of the output channels.
-  void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* partial) const {
-    const int64_t expanded = panels.padded();
-    if (need_project_bias) {
-      sum_output_rows(image, own_begin, own_end, partial + 2 * expanded);
-    }
-    if (!needs_g2()) {
-      return;
-    }
-    const Walk walk = plan<Dot>(s, panels, end - begin);
-    const int64_t ring_area = walk.ring_rows * walk.ring_pitch;
-    const int64_t row_pixels = walk.step_rows * s.width;
-    const auto [rings, rows] = rings_and_rows<Element>(
-        ring_area * (walk.shared_ring ? panels.width(0) : expanded), row_pixels * expanded);
-    float* sums = scratch<float>(kSums, 2 * expanded);
-    std::memset(sums, 0, sizeof(float) * 2 * expanded);
-    float* expand_sums = need_expand_bias && s.has_expand ? sums + expanded : nullptr;
-    std::vector<TapRun> runs(s.taps());
-    std::vector<Segment<Element>> segments(panels.count);
-    const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
-    if (!walk.shared_ring) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        clear_borders(panel_ring(p), panels.groups(p), walk, s.out_width);
+template <class T>
+void BlockBackward<T>::sum_output_rows(int64_t image, int64_t begin, int64_t end, float* sums) const {
+  const T* source = grad_output + (image * s.out_height + begin) * s.out_width * s.out_channels;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t c = 0; c < s.out_channels; c += kLanes) {
+      const int64_t count = std::min<int64_t>(s.out_channels - c, kLanes);
+      Vec total(0.f);
+      for (int64_t column = 0; column < s.out_width; ++column) {
+        total = total + load_channels(source + column * s.out_channels + c, count);
       }
+      (Vec::loadu(sums + c) + total).store(sums + c);
     }
+    source += s.out_width * s.out_channels;
+  }
+}
 
-    // Brings g2 up to output row `to`, and input rows [row, row_end) of g1 with it.
-    int64_t next = own_begin;
-    const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
-      const int64_t* offsets = ring_offsets(next, to, s.out_width, walk);
-      const auto operand = operand_rows<Dot>(
-          grad_output + (image * s.out_height + next) * s.out_width * s.out_channels,
-          (to - next) * s.out_width,
-          s.out_channels,
-          s.out_channels);
-      for (int64_t p = 0; p < panels.count; ++p) {
-        float* ring = panel_ring(p);
-        if (walk.shared_ring && row < row_end) {
-          clear_borders(ring, panels.groups(p), walk, s.out_width);
-        }
-        project_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, sums);
-        if (needs_g1()) {
-          transposed_depthwise_rows(
-              image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data(), expand_sums);
-        }
+template <class T>
+void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* partial) const {
+  const int64_t expanded = panels.padded();
+  if (need_project_bias) {
+    sum_output_rows(image, own_begin, own_end, partial + 2 * expanded);
+  }
+  if (!needs_g2()) {
+    return;
+  }
+  const Walk walk = this->walk(end - begin);
+  const int64_t row_pixels = walk.step_rows * s.width;
+  const auto [ring_data, rows] = rings_and_rows<Element>(PanelRings::elements(panels, walk), row_pixels * expanded);
+  float* sums = scratch<float>(kSums, 2 * expanded);
+  std::memset(sums, 0, sizeof(float) * 2 * expanded);
+  float* expand_sums = need_expand_bias && s.has_expand ? sums + expanded : nullptr;
+  std::vector<TapRun> runs(s.taps());
+  std::vector<Segment<Element>> segments(panels.count);
+  const PanelRings rings(ring_data, panels, walk, s.out_width);
+
+  // Brings g2 up to output row `to`, and input rows [row, row_end) of g1 with it.
+  int64_t next = own_begin;
+  const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
+    const int64_t* offsets = ring_offsets(next, to, s.out_width, walk);
+    const auto operand = operand_rows<Dot>(
+        grad_output + (image * s.out_height + next) * s.out_width * s.out_channels,
+        (to - next) * s.out_width,
+        s.out_channels,
+        s.out_channels);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      float* ring = rings.next(p, row < row_end);
+      project_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, sums);
+      if (needs_g1()) {
+        transposed_depthwise_rows(
+            image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data(), expand_sums);
       }
-      next = to;
-    };
-    // Rows that meet no input row of this task still count in the bias gradient.
-    const auto skip_to = [&](int64_t to) {
-      while (next < to) {
-        advance(std::min(to, next + walk.ring_rows), 0, 0);
-      }
-    };
-    for (int64_t row = begin; row < end; row += walk.step_rows) {
-      const int64_t row_end = std::min(row + walk.step_rows, end);
-      skip_to(std::min(ceil_div(row + s.pad_top - s.kernel_height + 1, s.stride), s.out_height));
-      const int64_t needed = floor_div(row_end - 1 + s.pad_top, s.stride) + 1;
-      advance(std::clamp(needed, next, s.out_height), row, row_end);
-      if (grad_input != nullptr) {
-        expand_rows(image, row, row_end, rows, row_pixels, segments.data());
-      }
-      flush_sums(sums, partial, 2 * expanded);
     }
-    skip_to(own_end);
+    next = to;
+  };
+  // Rows that meet no input row of this task still count in the bias gradient.
+  const auto skip_to = [&](int64_t to) {
+    while (next < to) {
+      advance(std::min(to, next + walk.ring_rows), 0, 0);
+    }
+  };
+  for (int64_t row = begin; row < end; row += walk.step_rows) {
+    const int64_t row_end = std::min(row + walk.step_rows, end);
+    skip_to(std::min(ceil_div(row + s.pad_top - s.kernel_height + 1, s.stride), s.out_height));
+    const int64_t needed = floor_div(row_end - 1 + s.pad_top, s.stride) + 1;
+    advance(std::clamp(needed, next, s.out_height), row, row_end);
+    if (grad_input != nullptr) {
+      expand_rows(image, row, row_end, rows, row_pixels, segments.data());
+    }
     flush_sums(sums, partial, 2 * expanded);
   }
-};
+  skip_to(own_end);
+  flush_sums(sums, partial, 2 * expanded);
+}
 
-} // namespace
+template struct BlockBackward<float>;
+template struct BlockBackward<c10::BFloat16>;
+template struct BlockBackward<c10::Half>;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_backward(
     const at::Tensor& grad_output,
@@ -341,7 +304,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
       columns.push_back(transposed_columns(s.window(), phase));
     }
-    const Backward<T> backward{
+    const BlockBackward<T> backward{
         s,
         panels,
         Panels(s.in_channels),
@@ -357,14 +320,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
         need_depthwise_bias,
         need_project_bias,
         std::move(columns)};
-    // A band owns the output rows from the first that its first input row meets to where the next band starts.
-    const auto first_owned = [&](int64_t band) {
-      if (band == 0 || band == bands.per_image) {
-        return band == 0 ? int64_t(0) : s.out_height;
-      }
-      const int64_t row = ceil_div(bands.begin(band) + s.pad_top - s.kernel_height + 1, s.stride);
-      return std::clamp<int64_t>(row, 0, s.out_height);
-    };
     float* partials = partial.data_ptr<float>();
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;
@@ -372,8 +327,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
           t / bands.per_image,
           bands.begin(band),
           bands.begin(band + 1),
-          first_owned(band),
-          first_owned(band + 1),
+          first_owned_output(s, bands, band),
+          first_owned_output(s, bands, band + 1),
           partials + t * partial.size(1));
     });
   });

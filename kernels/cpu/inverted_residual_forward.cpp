@@ -3,7 +3,7 @@
 // Reads x once, the weights once a step, writes y and, when asked for, one bit an expanded value twice and the 2x2
 // average of x. Scratch a thread: the ring of expanded rows and the rows of h2 of one step. The expansion may be a stem
 // (stem.h): x is its image then.
-#include "inverted_residual.h"
+#include "inverted_residual_rows.h"
 
 #include "depthwise.h"
 #include "epilogues.h"
@@ -14,25 +14,6 @@
 
 namespace tinytl::cpu {
 namespace {
-
-template <class Dot>
-Walk plan(const BlockShape& s, const Panels& panels, int64_t task_rows) {
-  Walk walk;
-  walk.ring_left = s.pad_left;
-  walk.ring_pitch = std::max(s.pad_left + s.width, (s.out_width - 1) * s.stride + s.kernel_width);
-  const auto ring_rows = [&](int64_t rows) { return (rows - 1) * s.stride + s.kernel_height; };
-  const auto bytes = [&](int64_t rows, int64_t ring_channels) {
-    return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
-        rows * s.out_width * panels.padded() * int64_t(sizeof(typename Dot::Element));
-  };
-  walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
-  walk.step_rows = task_rows;
-  while (!walk.shared_ring && walk.step_rows > 1 && bytes(walk.step_rows, panels.padded()) > kScratchBudget) {
-    --walk.step_rows;
-  }
-  walk.ring_rows = ring_rows(walk.step_rows);
-  return walk;
-}
 
 // out[r, c] = average of the four pixels of image at (2 r, 2 c), for pooled rows [begin, end).
 template <class T>
@@ -54,210 +35,193 @@ void pool_rows(const T* image, T* out, int64_t begin, int64_t end, const BlockSh
   }
 }
 
+} // namespace
+
 template <class T>
-struct Forward {
-  using Dot = typename DotFor<T>::type;
-  using Element = typename Dot::Element;
+Walk BlockForward<T>::walk(int64_t task_rows) const {
+  Walk walk;
+  walk.ring_left = s.pad_left;
+  walk.ring_pitch = std::max(s.pad_left + s.width, (s.out_width - 1) * s.stride + s.kernel_width);
+  const auto ring_rows = [&](int64_t rows) { return (rows - 1) * s.stride + s.kernel_height; };
+  const auto bytes = [&](int64_t rows, int64_t ring_channels) {
+    return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
+        rows * s.out_width * panels.padded() * int64_t(sizeof(Element));
+  };
+  walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
+  walk.step_rows = task_rows;
+  while (!walk.shared_ring && walk.step_rows > 1 && bytes(walk.step_rows, panels.padded()) > kScratchBudget) {
+    --walk.step_rows;
+  }
+  walk.ring_rows = ring_rows(walk.step_rows);
+  return walk;
+}
 
-  BlockShape s;
-  Panels panels; // of the expanded channels
-  Panels out_panels;
-  const T* x;
-  const Element* expand;
-  const float* depthwise;
-  const Element* project;
-  const float *expand_bias, *depthwise_bias, *project_bias; // null: zeros
-  T* out;
-  uint8_t *mask_expand, *mask_depthwise; // null: not wanted
-  T* pooled; // null: not wanted
-  const Stem<T>* stem; // null: the expansion is 1x1
-  ColumnRuns columns = forward_columns(s.window());
-
-  // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
-  // after it belong to the next band.
-  void expand_rows(
-      int64_t image,
-      int64_t panel,
-      int64_t begin,
-      int64_t end,
-      int64_t mask_end,
-      float* ring,
-      int64_t plane,
-      const int64_t* offsets,
-      const Segment<Element>& operand,
-      Segment<Element>* segments) const {
-    const int64_t start = panels.start(panel);
-    if (!s.has_expand) {
-      const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
-      const int64_t width = panels.width(panel);
-      const int64_t whole = std::min(s.in_channels - start, width) / kLanes * kLanes;
-      for (int64_t m = 0; m < (end - begin) * s.width; ++m, source += s.in_channels) {
-        float* target = ring + offsets[m] * kGroup;
-        for (int64_t c = 0; c < whole; c += kLanes) {
-          load_channels(source + c).store(target + c / kGroup * plane + c % kGroup);
-        }
-        for (int64_t c = whole; c < width; c += kLanes) {
-          const int64_t count = std::clamp<int64_t>(s.in_channels - start - c, 0, kLanes);
-          const Vec value = count > 0 ? load_channels(source + c, count) : Vec(0.f);
-          value.store(target + c / kGroup * plane + c % kGroup);
-        }
+template <class T>
+void BlockForward<T>::expand_rows(
+    int64_t image,
+    int64_t panel,
+    int64_t begin,
+    int64_t end,
+    int64_t mask_end,
+    float* ring,
+    int64_t plane,
+    const int64_t* offsets,
+    const Segment<Element>& operand,
+    Segment<Element>* segments) const {
+  const int64_t start = panels.start(panel);
+  if (!s.has_expand) {
+    const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
+    const int64_t width = panels.width(panel);
+    const int64_t whole = std::min(s.in_channels - start, width) / kLanes * kLanes;
+    for (int64_t m = 0; m < (end - begin) * s.width; ++m, source += s.in_channels) {
+      float* target = ring + offsets[m] * kGroup;
+      for (int64_t c = 0; c < whole; c += kLanes) {
+        load_channels(source + c).store(target + c / kGroup * plane + c % kGroup);
       }
+      for (int64_t c = whole; c < width; c += kLanes) {
+        const int64_t count = std::clamp<int64_t>(s.in_channels - start - c, 0, kLanes);
+        const Vec value = count > 0 ? load_channels(source + c, count) : Vec(0.f);
+        value.store(target + c / kGroup * plane + c % kGroup);
+      }
+    }
+    return;
+  }
+  const int64_t stride = mask_bytes(s.expanded);
+  const float* bias = expand_bias != nullptr ? expand_bias + start : nullptr;
+  const Element* weight = expand + start * packed_depth<Dot>(s.in_channels);
+  const auto multiply = [&](int64_t from, int64_t to, bool with_mask, const Segment<Element>* rows, int64_t count) {
+    ActivateToRing epilogue{ring, plane, offsets + (from - begin) * s.width, s.activation, {}};
+    if (with_mask) {
+      epilogue.mask = {
+          mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, s.expanded - start};
+    }
+    gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, rows, count, weight, bias, epilogue);
+  };
+  const auto run = [&](int64_t from, int64_t to, bool with_mask) {
+    if (stem == nullptr) {
+      const Segment<Element> rows{
+          operand.data + (from - begin) * s.width * operand.stride, operand.stride, operand.depth};
+      multiply(from, to, with_mask, &rows, 1);
       return;
     }
-    const int64_t stride = mask_bytes(s.expanded);
-    const float* bias = expand_bias != nullptr ? expand_bias + start : nullptr;
-    const Element* weight = expand + start * packed_depth<Dot>(s.in_channels);
-    const auto multiply = [&](int64_t from, int64_t to, bool with_mask, const Segment<Element>* rows, int64_t count) {
-      ActivateToRing epilogue{ring, plane, offsets + (from - begin) * s.width, s.activation, {}};
-      if (with_mask) {
-        epilogue.mask = {
-            mask_expand + (image * s.height + from) * s.width * stride + start / 8, stride, s.expanded - start};
-      }
-      gemm_panel<Dot>(panels.groups(panel), (to - from) * s.width, rows, count, weight, bias, epilogue);
-    };
-    const auto run = [&](int64_t from, int64_t to, bool with_mask) {
-      if (stem == nullptr) {
-        const Segment<Element> rows{
-            operand.data + (from - begin) * s.width * operand.stride, operand.stride, operand.depth};
-        multiply(from, to, with_mask, &rows, 1);
-        return;
-      }
-      for (int64_t row = from; row < to; ++row) {
-        stem->operands(operand.data, row - begin, segments);
-        multiply(row, row + 1, with_mask, segments, stem->segments());
-      }
-    };
-    const int64_t split = mask_expand != nullptr ? std::clamp(mask_end, begin, end) : begin;
-    run(begin, split, true);
-    run(split, end, false);
-  }
-
-  // Rows [begin, end) of h2, one panel, from the ring into `rows`.
-  void depthwise_rows(
-      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, TapRun* runs)
-      const {
-    const int64_t start = panels.start(panel);
-    const int64_t width = panels.width(panel);
-    const int64_t stride = mask_bytes(s.expanded);
-    const float* weight = depthwise + start * s.taps();
-    for (int64_t row = begin; row < end; ++row) {
-      const RowRuns row_runs{
-          runs,
-          forward_runs(s.window(), columns, walk.view(ring), s.height, row, weight, runs),
-          columns.kernel_step,
-          walk.plane(),
-          s.taps()};
-      ActivateToRows<Element> epilogue{rows + (row - begin) * s.out_width * width, width, s.activation, {}};
-      if (mask_depthwise != nullptr) {
-        epilogue.mask = {
-            mask_depthwise + (image * s.out_height + row) * s.out_width * stride + start / 8,
-            stride,
-            s.expanded - start};
-      }
-      correlate_row(
-          s.out_width,
-          panels.groups(panel),
-          row_runs,
-          s.stride,
-          depthwise_bias != nullptr ? depthwise_bias + start : nullptr,
-          epilogue);
+    for (int64_t row = from; row < to; ++row) {
+      stem->operands(operand.data, row - begin, segments);
+      multiply(row, row + 1, with_mask, segments, stem->segments());
     }
-  }
+  };
+  const int64_t split = mask_expand != nullptr ? std::clamp(mask_end, begin, end) : begin;
+  run(begin, split, true);
+  run(split, end, false);
+}
 
-  // Rows [begin, end) of y from all panels of h2. row_pixels: pixels that each panel of `rows` has room for.
-  void project_rows(
-      int64_t image,
-      int64_t begin,
-      int64_t end,
-      const Element* rows,
-      int64_t row_pixels,
-      Segment<Element>* segments) const {
+template <class T>
+void BlockForward<T>::depthwise_rows(
+    int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, TapRun* runs)
+    const {
+  const int64_t start = panels.start(panel);
+  const int64_t width = panels.width(panel);
+  const int64_t stride = mask_bytes(s.expanded);
+  const float* weight = depthwise + start * s.taps();
+  for (int64_t row = begin; row < end; ++row) {
+    const RowRuns row_runs{
+        runs,
+        forward_runs(s.window(), columns, walk.view(ring), s.height, row, weight, runs),
+        columns.kernel_step,
+        walk.plane(),
+        s.taps()};
+    ActivateToRows<Element> epilogue{rows + (row - begin) * s.out_width * width, width, s.activation, {}};
+    if (mask_depthwise != nullptr) {
+      epilogue.mask = {
+          mask_depthwise + (image * s.out_height + row) * s.out_width * stride + start / 8,
+          stride,
+          s.expanded - start};
+    }
+    correlate_row(
+        s.out_width,
+        panels.groups(panel),
+        row_runs,
+        s.stride,
+        depthwise_bias != nullptr ? depthwise_bias + start : nullptr,
+        epilogue);
+  }
+}
+
+template <class T>
+void BlockForward<T>::project_rows(
+    int64_t image,
+    int64_t begin,
+    int64_t end,
+    const Element* rows,
+    int64_t row_pixels,
+    Segment<Element>* segments,
+    int64_t first) const {
+  for (int64_t p = 0; p < panels.count; ++p) {
+    // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
+    const int64_t width = panels.width(p), depth = std::min(width, packed_depth<Dot>(s.expanded - panels.start(p)));
+    segments[p] = {rows + panels.start(p) * row_pixels + first * width, width, depth};
+  }
+  const int64_t origin = (image * s.out_height + begin) * s.out_width * s.out_channels;
+  for (int64_t q = 0; q < out_panels.count; ++q) {
+    const int64_t start = out_panels.start(q);
+    AddToTensor<T> epilogue{out + origin + start, s.out_channels, s.out_channels - start};
+    if (s.residual) {
+      epilogue.addend = x + origin + start;
+    }
+    gemm_panel<Dot>(
+        out_panels.groups(q),
+        (end - begin) * s.out_width,
+        segments,
+        panels.count,
+        project + start * panels.padded(),
+        project_bias != nullptr ? project_bias + start : nullptr,
+        epilogue);
+  }
+}
+
+template <class T>
+void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end) const {
+  const Walk walk = this->walk(end - begin);
+  const int64_t row_pixels = walk.step_rows * s.out_width;
+  const auto [ring_data, rows] = rings_and_rows<Element>(PanelRings::elements(panels, walk), row_pixels * panels.padded());
+  std::vector<TapRun> runs(s.taps());
+  std::vector<Segment<Element>> segments(std::max(panels.count, stem != nullptr ? stem->segments() : 0));
+  const PanelRings rings(ring_data, panels, walk, s.width);
+  const T* image_rows = x + image * s.height * s.width * s.in_channels;
+
+  const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
+    const int64_t* offsets = ring_offsets(from, to, s.width, walk);
+    Segment<Element> operand{};
+    if (stem != nullptr) {
+      operand.data = to > from ? stem->rows(image, from, to) : nullptr;
+    } else if (s.has_expand) {
+      operand = operand_rows<Dot>(
+          image_rows + from * s.width * s.in_channels, (to - from) * s.width, s.in_channels, s.in_channels);
+    }
     for (int64_t p = 0; p < panels.count; ++p) {
-      // Not the padding of the last panel: where it holds 0 times infinity, adding 0 times that would spoil the sum.
-      const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
-      segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
+      float* ring = rings.next(p, row < row_end);
+      expand_rows(image, p, from, to, own_end, ring, walk.plane(), offsets, operand, segments.data());
+      depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data());
     }
-    const int64_t first = (image * s.out_height + begin) * s.out_width * s.out_channels;
-    for (int64_t q = 0; q < out_panels.count; ++q) {
-      const int64_t start = out_panels.start(q);
-      AddToTensor<T> epilogue{out + first + start, s.out_channels, s.out_channels - start};
-      if (s.residual) {
-        epilogue.addend = x + first + start;
-      }
-      gemm_panel<Dot>(
-          out_panels.groups(q),
-          (end - begin) * s.out_width,
-          segments,
-          panels.count,
-          project + start * panels.padded(),
-          project_bias != nullptr ? project_bias + start : nullptr,
-          epilogue);
+    if (pooled != nullptr) {
+      const int64_t pooled_rows = s.height / 2;
+      pool_rows(
+          image_rows,
+          pooled + image * pooled_rows * (s.width / 2) * s.in_channels,
+          from / 2,
+          std::min({std::min(to, own_end) / 2, pooled_rows}),
+          s);
     }
-  }
+  };
+  walk_down(s, walk, begin, end, own_begin, own_end, advance, [&](int64_t row, int64_t row_end) {
+    project_rows(image, row, row_end, rows, row_pixels, segments.data());
+  });
+}
 
-  // Output rows [begin, end) of an image. Input rows [own_begin, own_end) are this task's to mask and to pool.
-  void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end) const {
-    const Walk walk = plan<Dot>(s, panels, end - begin);
-    const int64_t ring_area = walk.ring_rows * walk.ring_pitch;
-    const int64_t row_pixels = walk.step_rows * s.out_width;
-    const auto [rings, rows] = rings_and_rows<Element>(
-        ring_area * (walk.shared_ring ? panels.width(0) : panels.padded()), row_pixels * panels.padded());
-    std::vector<TapRun> runs(s.taps());
-    std::vector<Segment<Element>> segments(std::max(panels.count, stem != nullptr ? stem->segments() : 0));
-    const auto panel_ring = [&](int64_t p) { return walk.shared_ring ? rings : rings + panels.start(p) * ring_area; };
-    if (!walk.shared_ring) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        clear_borders(panel_ring(p), panels.groups(p), walk, s.width);
-      }
-    }
-    const T* image_rows = x + image * s.height * s.width * s.in_channels;
+template struct BlockForward<float>;
+template struct BlockForward<c10::BFloat16>;
+template struct BlockForward<c10::Half>;
 
-    // Brings h1 up to input row `to`, and output rows [row, row_end) of h2 with it.
-    int64_t next = own_begin;
-    const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
-      const int64_t* offsets = ring_offsets(next, to, s.width, walk);
-      Segment<Element> operand{};
-      if (stem != nullptr) {
-        operand.data = to > next ? stem->rows(image, next, to) : nullptr;
-      } else if (s.has_expand) {
-        operand = operand_rows<Dot>(
-            image_rows + next * s.width * s.in_channels, (to - next) * s.width, s.in_channels, s.in_channels);
-      }
-      for (int64_t p = 0; p < panels.count; ++p) {
-        float* ring = panel_ring(p);
-        if (walk.shared_ring && row < row_end) {
-          clear_borders(ring, panels.groups(p), walk, s.width);
-        }
-        expand_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, segments.data());
-        depthwise_rows(image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data());
-      }
-      if (pooled != nullptr) {
-        const int64_t pooled_rows = s.height / 2;
-        pool_rows(
-            image_rows,
-            pooled + image * pooled_rows * (s.width / 2) * s.in_channels,
-            next / 2,
-            std::min({std::min(to, own_end) / 2, pooled_rows}),
-            s);
-      }
-      next = to;
-    };
-    // Rows that no output needs (a stride beyond the kernel, an odd last row) are still masked and pooled.
-    const auto skip_to = [&](int64_t to) {
-      while (next < to) {
-        advance(std::min(to, next + walk.ring_rows), 0, 0);
-      }
-    };
-    for (int64_t row = begin; row < end; row += walk.step_rows) {
-      const int64_t row_end = std::min(row + walk.step_rows, end);
-      skip_to(std::min(row * s.stride - s.pad_top, s.height));
-      const int64_t needed = (row_end - 1) * s.stride - s.pad_top + s.kernel_height;
-      advance(std::clamp(needed, next, s.height), row, row_end);
-      project_rows(image, row, row_end, rows, row_pixels, segments.data());
-    }
-    skip_to(own_end);
-  }
-};
+namespace {
 
 // Both kinds of block. x: channels_last; what s.in_channels counts are its channels, or the terms of a stem.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
@@ -293,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
     if (stem_shape != nullptr) {
       stem.emplace(*stem_shape, x.data_ptr<T>());
     }
-    const Forward<T> forward{
+    const BlockForward<T> forward{
         s,
         Panels(s.expanded),
         Panels(s.out_channels),
@@ -310,18 +274,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
         pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr,
         stem.has_value() ? &*stem : nullptr};
     const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
-    // A band owns the input rows from the first that its first output row reads to where the next band starts; even
-    // numbers, so that a pooled row has one owner.
-    const auto first_owned = [&](int64_t band) {
-      if (band == 0 || band == bands.per_image) {
-        return band == 0 ? int64_t(0) : s.height;
-      }
-      return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
-    };
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;
       forward.task(
-          t / bands.per_image, bands.begin(band), bands.begin(band + 1), first_owned(band), first_owned(band + 1));
+          t / bands.per_image,
+          bands.begin(band),
+          bands.begin(band + 1),
+          first_owned_input(s, bands, band),
+          first_owned_input(s, bands, band + 1));
     });
   });
   return {out, mask_expand, mask_depthwise, pooled};

@@ -1,0 +1,192 @@
+// What the tasks of a block are made of: rows of one panel of expanded channels, forward and backward. The inverted
+// residual (formula in inverted_residual.h) goes down the rows of an image with them, and so does the block with
+// squeeze-and-excite (mbconv.h), which stops between depthwise and projection.
+#pragma once
+
+#include "inverted_residual.h"
+
+#include <vector>
+
+namespace tinytl::cpu {
+
+template <class T>
+struct Stem;
+
+template <class T>
+struct BlockForward {
+  using Dot = typename DotFor<T>::type;
+  using Element = typename Dot::Element;
+
+  BlockShape s;
+  Panels panels; // of the expanded channels
+  Panels out_panels;
+  const T* x;
+  const Element* expand;
+  const float* depthwise;
+  const Element* project;
+  const float *expand_bias, *depthwise_bias, *project_bias; // null: zeros
+  T* out;
+  uint8_t *mask_expand, *mask_depthwise; // null: not wanted
+  T* pooled; // null: not wanted
+  const Stem<T>* stem; // null: the expansion is 1x1
+  ColumnRuns columns = forward_columns(s.window());
+
+  // How a task goes down that many output rows.
+  Walk walk(int64_t task_rows) const;
+  // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
+  // after it belong to the next band.
+  void expand_rows(
+      int64_t image,
+      int64_t panel,
+      int64_t begin,
+      int64_t end,
+      int64_t mask_end,
+      float* ring,
+      int64_t plane,
+      const int64_t* offsets,
+      const Segment<Element>& operand,
+      Segment<Element>* segments) const;
+  // Rows [begin, end) of h2, one panel, from the ring into `rows`.
+  void depthwise_rows(
+      int64_t image, int64_t panel, int64_t begin, int64_t end, const float* ring, Element* rows, const Walk& walk, TapRun* runs)
+      const;
+  // Rows [begin, end) of y from all panels of h2. row_pixels: pixels that each panel of `rows` has room for; first: the
+  // one of row `begin`.
+  void project_rows(
+      int64_t image,
+      int64_t begin,
+      int64_t end,
+      const Element* rows,
+      int64_t row_pixels,
+      Segment<Element>* segments,
+      int64_t first = 0) const;
+  // Output rows [begin, end) of an image. Input rows [own_begin, own_end) are this task's to mask and to pool.
+  void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end) const;
+};
+
+template <class T>
+struct BlockBackward {
+  using Dot = typename DotFor<T>::type;
+  using Element = typename Dot::Element;
+
+  BlockShape s;
+  Panels panels; // of the expanded channels
+  Panels in_panels;
+  const T* grad_output;
+  const uint8_t *mask_expand, *mask_depthwise; // null: everything passes
+  const Element* project;
+  const float* depthwise;
+  const Element* expand;
+  const T* grad_pooled; // null: none
+  T* grad_input; // null: not wanted
+  bool need_expand_bias, need_depthwise_bias, need_project_bias;
+  std::vector<ColumnRuns> columns; // of each stride phase
+
+  bool needs_g1() const {
+    return grad_input != nullptr || (need_expand_bias && s.has_expand);
+  }
+  bool needs_g2() const {
+    return needs_g1() || need_depthwise_bias;
+  }
+  // How a task goes down that many input rows.
+  Walk walk(int64_t task_rows) const;
+  // Rows [begin, end) of g2, one panel, into the ring. Rows before sum_end count in the bias gradient; those after it
+  // belong to the next band.
+  void project_rows(
+      int64_t image,
+      int64_t panel,
+      int64_t begin,
+      int64_t end,
+      int64_t sum_end,
+      float* ring,
+      int64_t plane,
+      const int64_t* offsets,
+      const Segment<Element>& operand,
+      float* sums) const;
+  // Rows [begin, end) of g1, one panel, from the ring into `rows`. Each stride phase of a row has its own taps.
+  void transposed_depthwise_rows(
+      int64_t image,
+      int64_t panel,
+      int64_t begin,
+      int64_t end,
+      const float* ring,
+      Element* rows,
+      const Walk& walk,
+      TapRun* runs,
+      float* sums) const;
+  // Element offset in grad_pooled of every pixel of input rows [begin, end), -1 for an odd last row or column.
+  const int64_t* pooled_offsets(int64_t image, int64_t begin, int64_t end) const;
+  // Rows [begin, end) of dx from all panels of g1.
+  void expand_rows(
+      int64_t image,
+      int64_t begin,
+      int64_t end,
+      const Element* rows,
+      int64_t row_pixels,
+      Segment<Element>* segments) const;
+  // sums += dy over the pixels of output rows [begin, end), a row at a time.
+  void sum_output_rows(int64_t image, int64_t begin, int64_t end, float* sums) const;
+  // Input rows [begin, end) of an image. Output rows [own_begin, own_end) are this task's to sum. partial: zeros on
+  // entry; bias gradients of the expanded channels (depthwise, expand), then of the output channels.
+  void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* partial) const;
+};
+
+// Which rows of h1 a band of rows of h2 owns, and the other way round in backward: from the first that the band's first
+// row reads to where the next band starts.
+inline int64_t first_owned_input(const BlockShape& s, const Bands& bands, int64_t band) {
+  if (band == 0 || band == bands.per_image) {
+    return band == 0 ? int64_t(0) : s.height;
+  }
+  // Even numbers, so that a pooled row has one owner.
+  return std::clamp<int64_t>(floor_div(bands.begin(band) * s.stride - s.pad_top, 2) * 2, 0, s.height);
+}
+
+inline int64_t first_owned_output(const BlockShape& s, const Bands& bands, int64_t band) {
+  if (band == 0 || band == bands.per_image) {
+    return band == 0 ? int64_t(0) : s.out_height;
+  }
+  const int64_t row = ceil_div(bands.begin(band) + s.pad_top - s.kernel_height + 1, s.stride);
+  return std::clamp<int64_t>(row, 0, s.out_height);
+}
+
+// Goes down output rows [begin, end) of an image: advance(from, to, row, row_end) brings h1 from row `from` to row `to`
+// and h2 with it from `row` to `row_end`; finish(row, row_end) is called when those are complete. All input rows
+// [own_begin, own_end) are passed, also those that no output needs (a stride beyond the kernel, an odd last row).
+template <class Advance, class Finish>
+void walk_down(
+    const BlockShape& s,
+    const Walk& walk,
+    int64_t begin,
+    int64_t end,
+    int64_t own_begin,
+    int64_t own_end,
+    const Advance& advance,
+    const Finish& finish) {
+  int64_t next = own_begin;
+  const auto advance_to = [&](int64_t to, int64_t row, int64_t row_end) {
+    advance(next, to, row, row_end);
+    next = to;
+  };
+  const auto skip_to = [&](int64_t to) {
+    while (next < to) {
+      advance_to(std::min(to, next + walk.ring_rows), 0, 0);
+    }
+  };
+  for (int64_t row = begin; row < end; row += walk.step_rows) {
+    const int64_t row_end = std::min(row + walk.step_rows, end);
+    skip_to(std::min(row * s.stride - s.pad_top, s.height));
+    const int64_t needed = (row_end - 1) * s.stride - s.pad_top + s.kernel_height;
+    advance_to(std::clamp(needed, next, s.height), row, row_end);
+    finish(row, row_end);
+  }
+  skip_to(own_end);
+}
+
+extern template struct BlockForward<float>;
+extern template struct BlockForward<c10::BFloat16>;
+extern template struct BlockForward<c10::Half>;
+extern template struct BlockBackward<float>;
+extern template struct BlockBackward<c10::BFloat16>;
+extern template struct BlockBackward<c10::Half>;
+
+} // namespace tinytl::cpu
