@@ -7,6 +7,28 @@
 
 namespace tinytl::cpu {
 
+// e^x to two units in the last place, as ATen's exp() is: that one calls a library, and around a call everything that a
+// loop holds in registers goes through memory. Half its time in such loops, and it was a third of an early block's.
+TINYTL_INLINE Vec exponential(Vec x) {
+  using Int = at::vec::Vectorized<int32_t>;
+  using at::vec::fmadd;
+  x = at::vec::clamp(x, Vec(-104.f), Vec(104.f)); // beyond them it is 0, and infinite
+  const Vec n = (x * Vec(1.44269504088896341f)).round();
+  // x - n log(2), log(2) in two parts so that the first product is exact
+  const Vec r = fmadd(n, Vec(2.12194440e-4f), fmadd(n, Vec(-0.693359375f), x));
+  Vec p(1.9875691500e-4f); // Cephes' polynomial for (e^r - 1 - r) / r^2
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = fmadd(p, r, Vec(c));
+  }
+  p = fmadd(p, r * r, r + Vec(1.f));
+  // 2^n in two factors: each a float, also where their product is not
+  const auto power = [](Vec k) {
+    return at::vec::cast<float, int32_t>((at::vec::convert_to_int_of_same_size(k) + Int(127)) << Int(23));
+  };
+  const Vec half = (n * Vec(0.5f)).floor();
+  return p * power(half) * power(n - half);
+}
+
 struct Hardswish {
   TINYTL_INLINE static Vec value(Vec z) {
     return z * at::vec::clamp(z + Vec(3.f), Vec(0.f), Vec(6.f)) / Vec(6.f);
@@ -19,10 +41,10 @@ struct Hardswish {
 
 struct Silu {
   TINYTL_INLINE static Vec value(Vec z) {
-    return z / (Vec(1.f) + z.neg().exp());
+    return z / (Vec(1.f) + exponential(z.neg()));
   }
   TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec sigmoid = Vec(1.f) / (Vec(1.f) + z.neg().exp());
+    const Vec sigmoid = Vec(1.f) / (Vec(1.f) + exponential(z.neg()));
     return g * sigmoid * (Vec(1.f) + z * (Vec(1.f) - sigmoid));
   }
 };
@@ -35,7 +57,7 @@ struct Gelu {
     return z * cdf(z);
   }
   TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
-    const Vec density = (z * z * Vec(-0.5f)).exp() * Vec(0.39894228040143268f);
+    const Vec density = exponential(z * z * Vec(-0.5f)) * Vec(0.39894228040143268f);
     return g * (cdf(z) + z * density);
   }
 };
@@ -58,7 +80,7 @@ struct GeluTanh {
 
 struct Sigmoid {
   TINYTL_INLINE static Vec value(Vec z) {
-    return Vec(1.f) / (Vec(1.f) + z.neg().exp());
+    return Vec(1.f) / (Vec(1.f) + exponential(z.neg()));
   }
   TINYTL_INLINE static Vec gradient(Vec z, Vec g) {
     const Vec sigmoid = value(z);
