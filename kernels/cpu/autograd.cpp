@@ -9,6 +9,7 @@
 #include "dispatcher.h"
 #include "inverted_residual.h"
 #include "lite_branch.h"
+#include "mbconv.h"
 #include "operators.h"
 #include "stem.h"
 
@@ -447,6 +448,104 @@ struct StemBlock : Function<StemBlock> {
   }
 };
 
+// The block keeps its input and computes itself again (mbconv.h).
+struct Mbconv : Function<Mbconv> {
+  static constexpr int kArguments = 9;
+
+  static at::Tensor forward(
+      AutogradContext* ctx,
+      const at::Tensor& input,
+      const OptionalTensor& expand_bias,
+      const OptionalTensor& depthwise_bias,
+      const OptionalTensor& reduce_bias,
+      const OptionalTensor& restore_bias,
+      const OptionalTensor& project_bias,
+      const MbconvLayers& layers,
+      const MbconvOptions& options,
+      bool compute) {
+    constexpr std::array kNames{"expand", "depthwise", "reduce", "restore", "project"};
+    for (int layer = 0; layer < kBlockLayers; ++layer) {
+      refuse_trained(layers.weights[layer], kNames[layer]);
+      refuse_trained(layers.scales[layer], kNames[layer]);
+    }
+    Edges edges;
+    std::vector<int64_t> to{edges.of(input)};
+    for (const OptionalTensor& bias : {expand_bias, depthwise_bias, reduce_bias, restore_bias, project_bias}) {
+      to.push_back(edges.of(bias));
+    }
+    variable_list kept{input};
+    for (const auto& tensors : {layers.weights, layers.biases, layers.scales}) {
+      for (const OptionalTensor& tensor : tensors) {
+        kept.push_back(or_undefined(tensor));
+      }
+    }
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["edges"] = std::move(to);
+    ctx->saved_data["geometry"] = std::vector<int64_t>{
+        options.stride,     options.padding[0], options.padding[1],
+        options.padding[2], options.padding[3], options.residual};
+    ctx->saved_data["activation"] = options.activation;
+    ctx->saved_data["squeeze_activation"] = options.squeeze_activation;
+    ctx->saved_data["gate"] = options.gate;
+    if (!compute) {
+      return mbconv_output(input, layers, options);
+    }
+    TINYTL_RECORDED("mbconv_forward");
+    return mbconv_forward(input, layers, options);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& data = ctx->saved_data;
+    // The input is kept with its history, but its part of a second derivative is not computed.
+    if (at::GradMode::is_enabled()) {
+      refuse_second_derivative("mbconv");
+    }
+    const auto saved = ctx->get_saved_variables();
+    MbconvLayers layers;
+    auto next = saved.begin() + 1;
+    for (auto* tensors : {&layers.weights, &layers.biases, &layers.scales}) {
+      for (OptionalTensor& tensor : *tensors) {
+        tensor = or_none(*next++);
+      }
+    }
+    const auto geometry = data["geometry"].toIntVector();
+    const MbconvOptions options(
+        geometry[0],
+        at::IntArrayRef(geometry).slice(1, 4),
+        data["activation"].toStringRef(),
+        data["squeeze_activation"].toStringRef(),
+        data["gate"].toStringRef(),
+        geometry[5] != 0);
+    const auto need = needed<1 + kBlockLayers>(ctx);
+    MbconvNeeds needs{need[0], {}};
+    std::copy(need.begin() + 1, need.end(), needs.biases.begin());
+    TINYTL_RECORDED("mbconv_backward");
+    const MbconvGradients gradients = mbconv_backward(grads[0], saved[0], layers, options, needs);
+    variable_list results(kArguments);
+    results[0] = gradients.input;
+    std::copy(gradients.biases.begin(), gradients.biases.end(), results.begin() + 1);
+    return results;
+  }
+};
+
+// compute: false for the history of the output alone, in front of a backward.
+at::Tensor mbconv(
+    const at::Tensor& input,
+    const c10::List<OptionalTensor>& tensors,
+    int64_t stride,
+    at::IntArrayRef padding,
+    const std::string& activation,
+    const std::string& squeeze_activation,
+    const std::string& gate,
+    bool residual,
+    bool compute) {
+  const MbconvLayers layers(tensors);
+  const auto& b = layers.biases;
+  return Mbconv::apply(
+      input, b[kExpand], b[kDepthwise], b[kReduce], b[kRestore], b[kProject], layers,
+      MbconvOptions(stride, padding, activation, squeeze_activation, gate, residual), compute);
+}
+
 // lite_branch or, with `main`, the sum of it, upsampled, and `main`: in `main` itself, which nobody has kept.
 struct LiteBranch : Function<LiteBranch> {
   static constexpr int kArguments = 20;
@@ -764,6 +863,10 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "block_chain(Tensor input, Tensor?[] tensors, int[] numbers, float[] reals, str[] activations, "
       "Tensor(a!)[] running) -> Tensor",
       TORCH_FN(block_chain));
+  m.def(
+      "mbconv(Tensor input, Tensor?[] tensors, int stride, int[4] padding, str activation, str squeeze_activation, "
+      "str gate, bool residual, bool compute=True) -> Tensor",
+      TORCH_FN(Kernel<mbconv>::call));
   m.def("upsample_add(Tensor main, Tensor branch) -> Tensor", TORCH_FN(Call<UpsampleAdd>::call));
 }
 

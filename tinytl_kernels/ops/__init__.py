@@ -12,6 +12,7 @@ from tinytl_kernels.ops.group_norm import group_norm_activation
 from tinytl_kernels.ops.library import autocast_input
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
 from tinytl_kernels.ops.max_pool import max_pool2d
+from tinytl_kernels.ops.mbconv import SqueezeExcite, mbconv, offers_mbconv
 from tinytl_kernels.ops.pad import pad2d
 from tinytl_kernels.ops.stem_block import offers_stem_block, stem_block, stem_output
 from tinytl_kernels.ops.upsample_add import upsample_add
@@ -22,6 +23,7 @@ __all__ = [
     "Described",
     "Norm",
     "Running",
+    "SqueezeExcite",
     "activation",
     "adaptive_avg_pool2d",
     "autocast_input",
@@ -36,7 +38,9 @@ __all__ = [
     "group_norm_activation",
     "lite_branch",
     "max_pool2d",
+    "mbconv",
     "offers_block_chain",
+    "offers_mbconv",
     "offers_stem_block",
     "pad2d",
     "stem_block",

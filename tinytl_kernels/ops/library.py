@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tinytl_kernels.backends import backend_of, implementation
 
@@ -81,10 +82,15 @@ class Operator:
         return self._function.apply(*args, compute)
 
 
-def fused_call(name: str, operator: str, args: Sequence) -> Callable | None:
+def fused_call(name: str, operator: str, args: Sequence, *, keeps_less: bool = False) -> Callable | None:
     """What computes the chain ``name``, one of whose operators is ``operator``, in one call for these arguments, or
-    None; the first of them is the tensor that picks the backend, as :func:`autocast_input` gives it."""
-    if torch.compiler.is_compiling() or not _plain_eager(args):
+    None; the first of them is the tensor that picks the backend, as :func:`autocast_input` gives it.
+
+    Args:
+        keeps_less: the chain keeps other tensors than its operators one by one: what measures memory has to see it.
+            Every other chain is taken apart for it, so that each tensor is booked to the layer that keeps it.
+    """
+    if torch.compiler.is_compiling() or not _plain_eager(args, under_listeners=keeps_less):
         return None
     fused = getattr(backend_of(operator, args[0]), "FUSED", {}).get(name)
     if fused is None or not torch.is_autocast_enabled(args[0].device.type):
@@ -97,10 +103,12 @@ def fused_call(name: str, operator: str, args: Sequence) -> Callable | None:
     return without_autocast
 
 
-def _plain_eager(args: Sequence) -> bool:
-    """Whether nothing stands between a call and its tensors that has to see the operator."""
+def _plain_eager(args: Sequence, under_listeners: bool = False) -> bool:
+    """Whether nothing stands between a call and its tensors that has to see the operator; with ``under_listeners``,
+    dispatch modes may that have the attribute ``listens_only``."""
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        all(under_listeners and getattr(mode, "listens_only", False) for mode in modes)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and all(kind in _PLAIN or not issubclass(kind, Tensor) for kind in {type(a) for a in args})

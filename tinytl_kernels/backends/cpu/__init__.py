@@ -12,6 +12,7 @@ from tinytl_kernels.backends.cpu import (
     frozen_inverted_residual,
     group_norm,
     lite_branch,
+    mbconv,
     pooling,
     stem_block,
     upsample_add,
@@ -35,7 +36,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
-FUSED = {**block_chain.FUSED, **stem_block.FUSED}
+FUSED = {**block_chain.FUSED, **mbconv.FUSED, **stem_block.FUSED}
 
 
 def unavailable_reason() -> str | None:
