@@ -18,6 +18,7 @@ from .chains import Links
 from .codes import keep_codes
 from .example import Capture, accelerators, deviation, example_for, run_example
 from .fuse import fuse_blocks
+from .fuse_mbconv import fuse_mbconvs
 from .head import find_head, new_head, outputs_of, set_num_classes
 from .lite import Block, add_branches, block_modules, find_blocks, group_norm, named_blocks, uses_group_norm
 from .own_branches import keep_branches, set_aside
@@ -84,7 +85,8 @@ def convert(
             256 centroids a layer, as the authors trained. The report tells the error.
         recompute: Blocks in which GroupNorm, smooth activations or squeeze-and-excite keep full values keep their
             narrow input instead and are computed again in backward, a few images at a time
-            (:func:`tinytl_kernels.nn.recompute`). Gradients stay exact; False saves the arithmetic of a second forward.
+            (:func:`tinytl_kernels.nn.recompute`), or as one operator (:class:`tinytl_kernels.nn.MBConv`). Gradients
+            stay exact; False saves the arithmetic of a second forward.
             None: True, unless there are ``code_bits``.
         code_bits: 8 lets GroupNorms and smooth activations (modules, and functions right behind a convolution) keep
             one byte an element for backward in place of 2 or 4. Gradients are then not exact: the report tells who
@@ -158,6 +160,7 @@ def convert(
             report.deviation = None if stock.output is None else 0.0
     if (code_bits is None if recompute is None else recompute) and method != "full":
         recompute_blocks(model, may_recompute, example_input, report)
+        fuse_mbconvs(model, report)
     if code_bits is not None:
         keep_codes(model, code_bits, report)
     head = _renew_head(model, head, num_classes, stock, report)

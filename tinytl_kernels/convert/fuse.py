@@ -9,7 +9,8 @@ with a block behind it and blocks in a row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import fx, nn
 
@@ -48,8 +49,8 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
                 report.done.extend(Note(prefix + row, "Sequential", "whole block as one operator") for row in rows)
             continue
         *chain, residual = convs
-        paths = tuple(None if conv is None else _path_of(conv, module) for conv in chain)
-        module.__class__ = fused_class(type(module), paths, residual)
+        children = dict(zip(("expand", "depthwise", "project"), chain, strict=True))
+        module.__class__ = class_with(FrozenInvertedResidual, module, children, {"residual": residual})
         done.append(name)
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
     _join_stems(model, report, apart)
@@ -111,15 +112,27 @@ def restore_block(module: nn.Module) -> None:
         module.__class__ = type(module)._layer_by_layer_class
 
 
-@functools.cache
-def fused_class(base: type[nn.Module], paths: tuple[str | None, ...], residual: bool) -> type[FrozenInvertedResidual]:
-    """The subclass of ``base`` that computes its children at ``paths`` (expand, depthwise, project) as one block."""
+def class_with(
+    block: type[nn.Module], module: nn.Module, children: Mapping[str, nn.Module | None], facts: Mapping[str, Any]
+) -> type[nn.Module]:
+    """The subclass of the class of ``module`` and of ``block``, which finds its layers and facts by these names."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    found = tuple((name, None if child is None else paths[id(child)]) for name, child in children.items())
+    return _fused_class(type(module), block, found, tuple(facts.items()))
 
+
+@functools.cache
+def _fused_class(
+    base: type[nn.Module],
+    block: type[nn.Module],
+    paths: tuple[tuple[str, str | None], ...],
+    facts: tuple[tuple[str, Any], ...],
+) -> type[nn.Module]:
     def child(path: str | None) -> property:
         steps = () if path is None else tuple(path.split("."))
 
         def get(self: nn.Module) -> nn.Module | None:
-            # Three times a forward: get_submodule, which asks hasattr and getattr at every step, takes 9 us.
+            # Several times a forward: get_submodule, which asks hasattr and getattr at every step, takes 9 us.
             module = self if steps else None
             for step in steps:
                 module = module._modules[step]
@@ -127,17 +140,20 @@ def fused_class(base: type[nn.Module], paths: tuple[str | None, ...], residual: 
 
         return property(get)
 
-    attributes = {name: child(path) for name, path in zip(("expand", "depthwise", "project"), paths, strict=True)}
+    def fact(value: Any) -> property:
+        return property(lambda self: value)
+
+    attributes = {name: child(path) for name, path in paths}
+    attributes |= {name: fact(value) for name, value in facts}
     attributes |= {
-        "residual": property(lambda self: residual),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_layer_by_layer_class": base,
-        "_description": (paths, residual),
+        "_description": (block, paths, facts),
     }
-    return type(base.__name__, (FrozenInvertedResidual, base), attributes)
+    return type(base.__name__, (block, base), attributes)
 
 
 def _reduce_ex(self: nn.Module, protocol: int):
@@ -147,13 +163,9 @@ def _reduce_ex(self: nn.Module, protocol: int):
     return _rebuild, (rewrite_of(base) or base, *type(self)._description), state
 
 
-def _rebuild(base: type[nn.Module] | Rewrite, paths: tuple[str | None, ...], residual: bool) -> nn.Module:
-    cls = fused_class(generated_class(base) if isinstance(base, Rewrite) else base, paths, residual)
+def _rebuild(base: type[nn.Module] | Rewrite, *description) -> nn.Module:
+    cls = _fused_class(generated_class(base) if isinstance(base, Rewrite) else base, *description)
     return cls.__new__(cls)
-
-
-def _path_of(child: nn.Module, module: nn.Module) -> str:
-    return next(name for name, m in module.named_modules() if m is child)
 
 
 def _read_block(module: nn.Module) -> tuple | None:
@@ -199,7 +211,7 @@ def _read(graph: fx.Graph) -> tuple | None:
             continue
         if node.op == "output":
             return (*convs, residual) if source(node.args[0]) is last else None
-        if node.op == "call_module" and _passes_on(node.meta["module"]) and source(node.args[0]) is not None:
+        if node.op == "call_module" and passes_on(node.meta["module"]) and source(node.args[0]) is not None:
             same[node] = source(node.args[0])
         elif node.op == "call_module" and isinstance(node.meta["module"], FrozenConvBias):
             if residual or source(node.args[0]) is not last:
@@ -215,12 +227,15 @@ def _read(graph: fx.Graph) -> tuple | None:
     return None
 
 
-def _passes_on(module: nn.Module) -> bool:
+def passes_on(module: nn.Module) -> bool:
+    """Whether ``module`` returns what it gets, in training and in evaluation."""
     if isinstance(module, nn.Identity):
         return True
     if isinstance(module, nn.Dropout):
         return module.p == 0
-    # timm's DropPath and torchvision's StochasticDepth, by what they have in common.
-    return type(module).__name__ in ("DropPath", "StochasticDepth") and not (
-        getattr(module, "drop_prob", None) or getattr(module, "p", None)
-    )
+    return drops_paths(module) and not (getattr(module, "drop_prob", None) or getattr(module, "p", None))
+
+
+def drops_paths(module: nn.Module) -> bool:
+    """Whether ``module`` is timm's ``DropPath`` or torchvision's ``StochasticDepth``."""
+    return type(module).__name__ in ("DropPath", "StochasticDepth")

@@ -107,6 +107,8 @@ class StorageLedger(TorchDispatchMode):
         existing: tensors that lived before; their storages, and views of them, are never counted.
     """
 
+    listens_only = True  # changes nothing of what it sees
+
     def __init__(self, stack: ModuleStack, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.stack = stack

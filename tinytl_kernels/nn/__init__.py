@@ -17,6 +17,7 @@ from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
 from tinytl_kernels.nn.fused_sequential import FusedSequential
 from tinytl_kernels.nn.group_norm import GroupNorm
 from tinytl_kernels.nn.lite_residual import LiteResidual, LiteResidualBlock
+from tinytl_kernels.nn.mbconv import MBConv
 from tinytl_kernels.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from tinytl_kernels.nn.recomputed import Recomputed, recompute, stop_recomputing
 
@@ -34,6 +35,7 @@ __all__ = [
     "LeakyReLU",
     "LiteResidual",
     "LiteResidualBlock",
+    "MBConv",
     "MaxPool2d",
     "ReLU",
     "ReLU6",

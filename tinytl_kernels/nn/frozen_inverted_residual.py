@@ -168,8 +168,14 @@ def block_of(
     )
 
 
-def not_a_block(expand: FrozenConvBias | None, depthwise: FrozenConvBias, project: FrozenConvBias) -> str | None:
-    """Why these modules cannot be computed as one inverted residual block, or None if they can."""
+def not_a_block(
+    expand: FrozenConvBias | None,
+    depthwise: FrozenConvBias,
+    project: FrozenConvBias,
+    activations: tuple[str, ...] = BIT_MASK,
+) -> str | None:
+    """Why these modules, with one of the ``activations``, cannot be computed as one inverted residual block, or None
+    if they can."""
     for name, conv in (("expand", expand), ("project", project)):
         if conv is not None and (
             conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1 or not _unpadded(conv)
@@ -181,8 +187,8 @@ def not_a_block(expand: FrozenConvBias | None, depthwise: FrozenConvBias, projec
         return f"depthwise: expected as many groups as input and output channels, got {depthwise}"
     if depthwise.dilation != (1, 1) or depthwise.padding_mode != "zeros":
         return f"depthwise: expected no dilation and zero padding, got {depthwise}"
-    if depthwise.activation is not None and depthwise.activation not in BIT_MASK:
-        return f"depthwise: expected no activation or one of {BIT_MASK}, got {depthwise.activation!r}"
+    if depthwise.activation is not None and depthwise.activation not in activations:
+        return f"depthwise: expected no activation or one of {activations}, got {depthwise.activation!r}"
     if expand is not None and expand.activation != depthwise.activation:
         return f"expand: expected the activation {depthwise.activation!r} of depthwise, got {expand.activation!r}"
     if project.in_channels != depthwise.out_channels or (

@@ -80,7 +80,9 @@ def recompute(module: nn.Module, *, keep_input: bool = True) -> nn.Module:
 def stop_recomputing(module: nn.Module) -> nn.Module:
     """Undo :func:`recompute` for ``module`` itself: the class it had. Others are left alone."""
     if isinstance(module, Recomputed):
-        module.__class__ = type(module)._stored_class
+        cls = type(module)._stored_class
+        # MBConv is the same in one call.
+        module.__class__ = cls._layer_by_layer_class if hasattr(cls, "keeps_input_alone") else cls
         for name in ("keep_input", "_kept_bytes"):
             vars(module).pop(name, None)
     return module
@@ -198,6 +200,12 @@ class _Call:
             if now != self.modes:
                 _set_modes(self.module, now)
 
+    def before_backward(self, input: Tensor) -> Tensor:
+        """The output for its history; its values only where the module computes them for that."""
+        if _keeps_input_alone(self.module, input):
+            return self.module.before_backward(input)
+        return self.plain(input)
+
     def autocasting(self) -> torch.autocast:
         # Without the cache: a cast that a forward under no_grad left there would have no history in backward.
         device, dtype, enabled = self.autocast
@@ -227,9 +235,14 @@ def _call(module: Recomputed, plain: Callable[[Tensor], Tensor], input: Tensor) 
         [inner.training for inner in inside],
         (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
     )
-    source = None if module.keep_input else _source_of(input, call)
+    alone = _keeps_input_alone(module, input)
+    # An input that is no more than what a chunk may keep is not worth another forward of the module before this one.
+    keep = module.keep_input or (alone and input.nbytes <= _chunk_bytes(input.device))
+    source = None if keep else _source_of(input, call)
     origin, calls = (input, (call,)) if source is None else (source.origin, (*source.calls, call))
-    call.kept = _kept_by_one_image(call, input)
+    call.kept = _kept_by_one_image(call, input, alone)
+    if alone and source is None:
+        return _forward_alone(call, input)
     call.images = _chunks(input.size(0), max(one.kept for one in calls), input.device)
     trained = [p for one in calls for p in one.trained]
     if not gradient_needed(origin, *trained):
@@ -238,6 +251,21 @@ def _call(module: Recomputed, plain: Callable[[Tensor], Tensor], input: Tensor) 
     output = _Segment.apply(calls, input.detach(), origin, *trained)
     if not call.random:
         setattr(output, _Source.ATTRIBUTE, _Source(origin, calls, output._version))
+    return output
+
+
+def _keeps_input_alone(module: nn.Module, input: Tensor) -> bool:
+    ask = getattr(type(module), "keeps_input_alone", None)  # MBConv's
+    return ask is not None and ask(module, input)
+
+
+def _forward_alone(call: _Call, input: Tensor) -> Tensor:
+    """The output of a module that keeps its input by itself, and computes itself again."""
+    drawing = call.module.training
+    before = _RandomState.now(input) if drawing else None
+    output = call.plain(input)
+    if output.requires_grad and (before is None or _RandomState.now(input) == before):
+        setattr(output, _Source.ATTRIBUTE, _Source(input, (call,), output._version))
     return output
 
 
@@ -284,7 +312,7 @@ class _Segment(torch.autograd.Function):
                 for k in reversed(range(len(calls))):
                     wanted = [inputs[k].requires_grad_(), *stand_ins[k]] if k or need_origin else stand_ins[k]
                     with torch.enable_grad(), _drawing_from(calls[k].random[i] if calls[k].random else None):
-                        output = calls[k].plain(inputs[k])
+                        output = calls[k].before_backward(inputs[k])
                     grads = torch.autograd.grad(output, wanted, grad, allow_unused=True)
                     del output, inputs[k]
                     grad = grads[0] if k or need_origin else None
@@ -352,15 +380,18 @@ def _empty_for(part: Tensor, images: int) -> Tensor:
 
 def _chunks(images: int, kept: int, device: torch.device) -> list[slice]:
     """Slices of the batch, of as many images as fit the budget where one image keeps ``kept`` bytes."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
-    step = max(1, min(images, budget // max(1, kept)))
+    step = max(1, min(images, _chunk_bytes(device) // max(1, kept)))
     return [slice(start, min(images, start + step)) for start in range(0, max(1, images), step)]
 
 
-def _kept_by_one_image(call: _Call, input: Tensor) -> int:
+def _chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
+
+
+def _kept_by_one_image(call: _Call, input: Tensor, alone: bool) -> int:
     """Bytes that autograd keeps of the module while it computes one image, found by computing one, once a size."""
     known = vars(call.module).setdefault("_kept_bytes", {})
-    key = (tuple(input.shape[1:]), input.dtype, call.autocast)
+    key = (tuple(input.shape[1:]), input.dtype, call.autocast, alone)
     if key not in known and input.size(0) < 2:
         return 0
     if key not in known:
