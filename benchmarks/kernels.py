@@ -18,6 +18,7 @@ from benchmarks.gpu.operators import (
     conv,
     group_norm,
     max_pool,
+    mbconv,
     stem_block,
     unary,
     upsample_add,
@@ -126,6 +127,21 @@ def _stem_block(hidden: int, out_channels: int, side: int) -> KernelCase:
     return KernelCase(f"stem_block_3_{hidden}_{out_channels}_{side}", (8, 3, side, side), make)
 
 
+def _mbconv(
+    channels: int, hidden: int, out_channels: int, side: int, *, kernel: int = 3, stride: int = 1, squeezed: int = 0,
+    activation: str = "silu", gate: str = "sigmoid",
+) -> KernelCase:  # fmt: skip
+    def make(size: Size) -> Work:
+        n, c, h, w = size
+        before, after = n * h * w, n * math.ceil(h / stride) * math.ceil(w / stride)
+        flops = 2 * hidden * (before * c + after * (kernel**2 + out_channels) + 2 * n * squeezed)
+        return Work(mbconv(size, out_channels, hidden, kernel, stride, squeezed, activation, gate), flops, flops)
+
+    name = f"mbconv_{activation}" + (f"_{kernel}x{kernel}" if kernel != 3 else "") + ("_se" if squeezed else "")
+    case = f"{name}_{channels}_{hidden}_{out_channels}_s{stride}_{side}"
+    return KernelCase(case, (8, channels, side, side), make)
+
+
 def _without_arithmetic(name: str, channels: int, side: int, build: Callable[[Size], Build]) -> KernelCase:
     return KernelCase(f"{name}_{channels}_{side}", (8, channels, side, side), lambda size: Work(build(size)))
 
@@ -202,6 +218,11 @@ KERNELS = (
     _block(160, 160, 7),
     _block(40, 40, 28, kernel=5),
     _block(32, 32, 28, pooled=True),
+    _mbconv(40, 120, 40, 28, kernel=5, squeezed=32, activation="relu", gate="hardsigmoid"),
+    _mbconv(80, 200, 80, 14, activation="hardswish"),
+    _mbconv(160, 960, 160, 7, kernel=5, squeezed=240, activation="hardswish", gate="hardsigmoid"),
+    _mbconv(16, 96, 24, 112, stride=2, squeezed=4),
+    _mbconv(112, 672, 112, 14, kernel=5, squeezed=28),
     _activation("relu6", 96, 112),
     _activation("relu", 64, 56),
     _activation("leaky_relu", 64, 56),

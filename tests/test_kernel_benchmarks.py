@@ -94,6 +94,16 @@ def test_operations_of_a_block_are_those_of_its_convolutions(name):
     assert work.forward_flops == work.backward_flops == counter.get_total_flops()
 
 
+def test_operations_of_a_block_with_squeeze_and_excite_are_those_of_its_convolutions():
+    case = CASES["mbconv_silu_se_16_96_24_s2_112"].quick()
+    work = case.make(case.size)
+    expand, depthwise, project, reduce, restore = work.build(torch.float32, CPU).constants
+    with FlopCounterMode(display=False) as counter:
+        h = F.conv2d(F.conv2d(torch.empty(case.size), expand), depthwise, None, 2, 1, 1, depthwise.size(0))
+        F.conv2d(h * F.conv2d(F.conv2d(h.mean((2, 3), keepdim=True), reduce), restore), project)
+    assert work.forward_flops == work.backward_flops == counter.get_total_flops()
+
+
 def test_operations_of_a_trained_branch_include_those_of_its_weights_gradients():
     case = CASES["lite_branch_24_24_28"].quick()
     work = case.make(case.size)

@@ -177,6 +177,52 @@ def stem_block(size: Size, hidden: int, out_channels: int) -> Callable[[torch.dt
     return build
 
 
+def mbconv(
+    size: Size, out_channels: int, hidden: int, kernel: int = 3, stride: int = 1, squeezed: int = 0,
+    activation: str = "silu", gate: str = "sigmoid",
+) -> Callable[[torch.dtype, torch.device], Sample]:  # fmt: skip
+    """A block of MobileNetV3 or EfficientNet, in one call where the backend has one; ``squeezed`` 0 is without
+    squeeze-and-excite."""
+    channels = size[1]
+    residual = stride == 1 and channels == out_channels
+
+    def build(dtype: torch.dtype, device: torch.device) -> Sample:
+        shapes = [(hidden, channels, 1, 1), (hidden, 1, kernel, kernel), (out_channels, hidden, 1, 1)]
+        if squeezed:
+            shapes += [(squeezed, hidden, 1, 1), (hidden, squeezed, 1, 1)]
+
+        def function(x: Tensor, *rest: Tensor) -> Tensor:
+            biases, weights = rest[: len(shapes)], rest[len(shapes) :]
+            layers = [(weight, bias, None) for weight, bias in zip(weights, biases, strict=True)]
+            excite = ops.SqueezeExcite(*layers[3:], "relu", gate) if squeezed else None
+            numbers = (stride, stride), (kernel // 2,) * 4, activation, excite, residual
+            output = ops.mbconv(x, *layers[:3], *numbers)
+            return _layer_by_layer(x, layers, *numbers) if output is None else output
+
+        weights = [_weight(*shape, dtype=dtype, device=device) for shape in shapes]
+        # A gate of large numbers is their difference: its rounding would be all that is left of it.
+        weights[3:] = (weight / weight.size(1) for weight in weights[3:])
+        biases = [_bias(shape[0], device) for shape in shapes]
+        # Behind h-swish of halves there are multiples of 1 / 24: off those where its derivative jumps, as rounding may
+        # fall on either side.
+        biases[1] += 0.02
+        return Sample(function, (_image(size, dtype, device), *biases), tuple(weights))
+
+    return build
+
+
+def _layer_by_layer(x: Tensor, layers, stride, padding, activation, excite, residual) -> Tensor:
+    (w1, b1, _), (w2, b2, _), (w3, b3, _), *_ = layers
+    h = ops.frozen_conv(x, w1, b1, activation=activation)
+    h = ops.frozen_conv(h, w2, b2, stride, padding, groups=w2.size(0), activation=activation)
+    if excite is not None:
+        (wr, br, _), (ws, bs, _) = excite.reduce, excite.restore
+        squeezed = ops.frozen_conv(h.mean((2, 3), keepdim=True), wr, br, activation=excite.activation)
+        h = h * ops.activation(ops.frozen_conv(squeezed, ws, bs), excite.gate)
+    y = ops.frozen_conv(h, w3, b3)
+    return x + y if residual else y
+
+
 def unary(
     size: Size, function: Callable[[Tensor], Tensor], channels_last: bool = True
 ) -> Callable[[torch.dtype, torch.device], Sample]:
