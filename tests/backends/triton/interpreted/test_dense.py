@@ -13,7 +13,7 @@ from tinytl_kernels.core.activations import ACTIVATIONS
 # (N, C, H, W), (O, C / groups, kH, kW), stride, (top, bottom, left, right), dilation, groups
 GEOMETRIES = {
     "3 x 3": ((2, 12, 6, 5), (20, 12, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
-    "several tiles each way": ((1, 72, 9, 10), (136, 72, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    "several tiles each way": ((1, 72, 9, 10), (136, 72, 2, 1), (1, 1), (1, 0, 0, 0), (1, 1), 1),
     "an image's 3 channels, asymmetric": ((2, 3, 7, 7), (8, 3, 3, 3), (2, 2), (0, 1, 0, 1), (1, 1), 1),
     "stride 2": ((2, 16, 9, 8), (24, 16, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
     "dilated": ((1, 8, 9, 9), (16, 8, 3, 3), (1, 1), (2, 2, 2, 2), (2, 2), 1),
@@ -23,7 +23,7 @@ GEOMETRIES = {
     # More pixels in grad_output than in a phase: tiles that only add up the bias gradient.
     "padding beyond the kernel": ((1, 8, 3, 3), (8, 8, 3, 3), (1, 1), (4, 5, 3, 6), (1, 1), 1),
     "1 x 1, padded": ((2, 8, 4, 4), (8, 8, 1, 1), (2, 2), (1, 0, 1, 0), (1, 1), 1),
-    "1000 outputs": ((1, 8, 2, 3), (1000, 8, 2, 2), (1, 1), (0, 1, 0, 1), (1, 1), 1),
+    "1000 outputs": ((1, 8, 2, 3), (1000, 8, 1, 2), (1, 1), (0, 0, 0, 1), (1, 1), 1),
     # 24 output channels a group: a tile of 32 must not write the next group's first 8, nor their bits.
     "groups of 12 and 24": ((2, 36, 6, 5), (72, 12, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 3),
     "groups of 16": ((1, 64, 5, 5), (64, 16, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 4),

@@ -172,8 +172,8 @@ def run_group_norm() -> None:
 
 
 def run_dense() -> None:
-    weight, geometry = torch.empty(32, 8, 3, 3), ((1, 1), (1, 1, 1, 1), (1, 1), 2)
-    y, mask = frozen_conv(image(16), weight, torch.empty(32), *geometry, "relu", True)
+    weight, geometry = torch.empty(16, 8, 2, 2), ((1, 1), (0, 1, 1, 0), (1, 1), 2)
+    y, mask = frozen_conv(image(16), weight, torch.empty(16), *geometry, "relu", True)
     OPERATORS["frozen_conv_backward"](y, weight, mask, (1, 16, 6, 5), *geometry, "relu", True, True, True)
 
 
