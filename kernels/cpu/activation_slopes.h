@@ -31,11 +31,12 @@ struct Piecewise {
       return {z, Vec(1.f)};
     } else {
       const uint32_t bits = pass_bits<A>(z);
-      const Vec passed = select(Vec(A == Activation::hardsigmoid ? 1.f / 6.f : 1.f), bits);
-      if constexpr (A == Activation::leaky_relu) {
-        return {value(z), passed + select(Vec(kLeakySlope), ~bits & LANES)};
+      const Slopes slopes = gradient_slopes(A, kLeakySlope);
+      Vec slope = select(Vec(slopes.pass), bits);
+      if (slopes.block != 0.f) {
+        slope = slope + select(Vec(slopes.block), ~bits & LANES);
       }
-      return {value(z), passed};
+      return {value(z), slope};
     }
   }
 };

@@ -3,60 +3,12 @@
 #include "dispatcher.h"
 #include "inverted_residual.h"
 #include "lite_branch.h"
-#include "mbconv.h"
 #include "operators.h"
 #include "stem.h"
 
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <vector>
-
 namespace tinytl::cpu {
-namespace {
-
-// The block of mbconv.h with its arguments as a schema has them.
-at::Tensor mbconv_block_forward(
-    const at::Tensor& x,
-    const c10::List<OptionalTensor>& tensors,
-    int64_t stride,
-    at::IntArrayRef padding,
-    const std::string& activation,
-    const std::string& squeeze_activation,
-    const std::string& gate,
-    bool residual) {
-  return mbconv_forward(
-      x, MbconvLayers(tensors), MbconvOptions(stride, padding, activation, squeeze_activation, gate, residual));
-}
-
-std::vector<at::Tensor> mbconv_block_backward(
-    const at::Tensor& grad_output,
-    const at::Tensor& x,
-    const c10::List<OptionalTensor>& tensors,
-    int64_t stride,
-    at::IntArrayRef padding,
-    const std::string& activation,
-    const std::string& squeeze_activation,
-    const std::string& gate,
-    bool residual,
-    std::array<bool, 1 + kBlockLayers> needed) {
-  MbconvNeeds needs{needed[0], {}};
-  std::copy(needed.begin() + 1, needed.end(), needs.biases.begin());
-  const MbconvGradients gradients = mbconv_backward(
-      grad_output, x, MbconvLayers(tensors),
-      MbconvOptions(stride, padding, activation, squeeze_activation, gate, residual), needs);
-  std::vector<at::Tensor> results{gradients.input};
-  results.insert(results.end(), gradients.biases.begin(), gradients.biases.end());
-  for (at::Tensor& result : results) {
-    if (!result.defined()) {
-      result = empty_tensor({0}, x.options());
-    }
-  }
-  return results;
-}
-
-} // namespace
 
 TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
   m.def(
@@ -76,12 +28,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor depthwise_weight, Tensor? depthwise_scale, Tensor? depthwise_bias, Tensor project_weight, "
       "Tensor? project_scale, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, int stride, "
       "int[4] padding, str activation, bool needs_mask) -> (Tensor out, Tensor mask_stem, Tensor mask_depthwise)");
-  m.def(
-      "mbconv_forward(Tensor x, Tensor?[] tensors, int stride, int[4] padding, str activation, "
-      "str squeeze_activation, str gate, bool residual) -> Tensor");
-  m.def(
-      "mbconv_backward(Tensor grad_output, Tensor x, Tensor?[] tensors, int stride, int[4] padding, str activation, "
-      "str squeeze_activation, str gate, bool residual, bool[6] needed) -> Tensor[]");
   m.def(
       "activation_forward(Tensor x, str activation, float negative_slope, bool needs_mask) -> "
       "(Tensor out, Tensor mask)");
@@ -162,8 +108,6 @@ TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(inverted_residual_forward);
   TINYTL_IMPL(inverted_residual_backward);
   TINYTL_IMPL(stem_block_forward);
-  m.impl("mbconv_forward", TORCH_FN(Kernel<&mbconv_block_forward>::call));
-  m.impl("mbconv_backward", TORCH_FN(Kernel<&mbconv_block_backward>::call));
   TINYTL_IMPL(activation_forward);
   TINYTL_IMPL(bias_activation_);
   TINYTL_IMPL(activation_backward);

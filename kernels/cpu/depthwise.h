@@ -13,6 +13,7 @@
 
 #include "vector.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -107,6 +108,15 @@ inline ColumnRuns transposed_columns(const Window& window, int64_t phase) {
     }
   }
   return columns;
+}
+
+// Those of all phases of a row of `width` columns.
+inline std::vector<ColumnRuns> transposed_phases(const Window& window, int64_t width) {
+  std::vector<ColumnRuns> phases;
+  for (int64_t phase = 0; phase < std::min(window.stride_width, width); ++phase) {
+    phases.push_back(transposed_columns(window, phase));
+  }
+  return phases;
 }
 
 namespace detail {

@@ -269,10 +269,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const at::Tensor packed = pack_taps<T>(frozen);
     const float* weights = packed.data_ptr<float>();
     T* target = grad_input.data_ptr<T>();
-    std::vector<ColumnRuns> columns; // of each stride phase
-    for (int64_t phase = 0; phase < std::min(w.stride_width, s.width); ++phase) {
-      columns.push_back(transposed_columns(w, phase));
-    }
+    const std::vector<ColumnRuns> columns = transposed_phases(w, s.width);
     // Output rows [own_begin, own_end) are this task's to sum; the others that it reads are its neighbours'.
     const auto task = [&](int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* total) {
       const int64_t left = std::max<int64_t>(floor_div(s.reach_width() - w.pad_left, w.stride_width), 0);

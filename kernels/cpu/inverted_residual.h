@@ -100,14 +100,35 @@ struct Walk {
   int64_t ring_pitch; // pixels of a ring row, zero columns included
   int64_t ring_left; // zero columns at the left
 
-  int64_t plane() const { // elements of one group's ring
-    return ring_rows * ring_pitch * kGroup;
+  int64_t area() const { // pixels of one group's ring
+    return ring_rows * ring_pitch;
+  }
+  int64_t plane() const { // elements of it
+    return area() * kGroup;
+  }
+  int64_t pixel(int64_t row) const { // where a row begins, without the zeros beside it
+    return row % ring_rows * ring_pitch + ring_left;
   }
   RingView view(const float* ring) const {
     return {ring, ring_rows, ring_pitch, ring_left};
   }
 
   bool shared_ring; // a task is a single step, so one panel's ring serves all panels in turn
+
+  // As many rows a step as leave the scratch memory within its budget. rows_of(rows): rows of the ring that a step of so
+  // many takes; row_bytes: of a row of the walked side.
+  template <class RowsOf>
+  void fit(const Panels& panels, int64_t task_rows, int64_t row_bytes, const RowsOf& rows_of) {
+    const auto bytes = [&](int64_t rows, int64_t ring_channels) {
+      return rows_of(rows) * ring_pitch * ring_channels * int64_t(sizeof(float)) + rows * row_bytes;
+    };
+    shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
+    step_rows = task_rows;
+    while (!shared_ring && step_rows > 1 && bytes(step_rows, panels.padded()) > kScratchBudget) {
+      --step_rows;
+    }
+    ring_rows = rows_of(step_rows);
+  }
 };
 
 // The two buffers of a task in one piece of scratch memory: a block with a large ring has few rows, and the other way
@@ -146,7 +167,7 @@ class PanelRings {
   }
   // Elements that this takes.
   static int64_t elements(const Panels& panels, const Walk& walk) {
-    return walk.ring_rows * walk.ring_pitch * (walk.shared_ring ? panels.width(0) : panels.padded());
+    return walk.area() * (walk.shared_ring ? panels.width(0) : panels.padded());
   }
   // The ring of a panel whose rows come next. read: what they complete is read, zeros included.
   float* next(int64_t panel, bool read) const {
@@ -164,7 +185,7 @@ class PanelRings {
   int64_t inner_;
 
   float* of(int64_t panel) const {
-    return walk_.shared_ring ? data_ : data_ + panels_.start(panel) * walk_.ring_rows * walk_.ring_pitch;
+    return walk_.shared_ring ? data_ : data_ + panels_.start(panel) * walk_.area();
   }
 };
 
@@ -173,7 +194,7 @@ inline const int64_t* ring_offsets(int64_t begin, int64_t end, int64_t width, co
   int64_t* offsets = scratch<int64_t>(kOffsets, (end - begin) * width);
   int64_t* next = offsets;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = row % walk.ring_rows * walk.ring_pitch + walk.ring_left;
+    const int64_t base = walk.pixel(row);
     for (int64_t column = 0; column < width; ++column) {
       *next++ = base + column;
     }

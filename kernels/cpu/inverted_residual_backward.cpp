@@ -24,17 +24,8 @@ Walk BlockBackward<T>::walk(int64_t task_rows) const {
   // Input column w meets output columns (w + pad_left - j) / stride, for 0 <= j < kernel_width.
   walk.ring_left = std::max<int64_t>(floor_div(s.kernel_width - 1 - s.pad_left, s.stride), 0);
   walk.ring_pitch = walk.ring_left + std::max(s.out_width, floor_div(s.width - 1 + s.pad_left, s.stride) + 1);
-  const auto ring_rows = [&](int64_t rows) { return (rows + s.kernel_height - 2) / s.stride + 1; };
-  const auto bytes = [&](int64_t rows, int64_t ring_channels) {
-    return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
-        rows * s.width * panels.padded() * int64_t(sizeof(Element));
-  };
-  walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
-  walk.step_rows = task_rows;
-  while (!walk.shared_ring && walk.step_rows > 1 && bytes(walk.step_rows, panels.padded()) > kScratchBudget) {
-    --walk.step_rows;
-  }
-  walk.ring_rows = ring_rows(walk.step_rows);
+  const int64_t row_bytes = s.width * panels.padded() * int64_t(sizeof(Element));
+  walk.fit(panels, task_rows, row_bytes, [&](int64_t rows) { return (rows + s.kernel_height - 2) / s.stride + 1; });
   return walk;
 }
 
@@ -207,41 +198,30 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
   const PanelRings rings(ring_data, panels, walk, s.out_width);
 
   // Brings g2 up to output row `to`, and input rows [row, row_end) of g1 with it.
-  int64_t next = own_begin;
-  const auto advance = [&](int64_t to, int64_t row, int64_t row_end) {
-    const int64_t* offsets = ring_offsets(next, to, s.out_width, walk);
+  const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
+    const int64_t* offsets = ring_offsets(from, to, s.out_width, walk);
     const auto operand = operand_rows<Dot>(
-        grad_output + (image * s.out_height + next) * s.out_width * s.out_channels,
-        (to - next) * s.out_width,
+        grad_output + (image * s.out_height + from) * s.out_width * s.out_channels,
+        (to - from) * s.out_width,
         s.out_channels,
         s.out_channels);
     for (int64_t p = 0; p < panels.count; ++p) {
       float* ring = rings.next(p, row < row_end);
-      project_rows(image, p, next, to, own_end, ring, walk.plane(), offsets, operand, sums);
+      project_rows(image, p, from, to, own_end, ring, walk.plane(), offsets, operand, sums);
       if (needs_g1()) {
         transposed_depthwise_rows(
             image, p, row, row_end, ring, rows + panels.start(p) * row_pixels, walk, runs.data(), expand_sums);
       }
     }
-    next = to;
   };
-  // Rows that meet no input row of this task still count in the bias gradient.
-  const auto skip_to = [&](int64_t to) {
-    while (next < to) {
-      advance(std::min(to, next + walk.ring_rows), 0, 0);
-    }
-  };
-  for (int64_t row = begin; row < end; row += walk.step_rows) {
-    const int64_t row_end = std::min(row + walk.step_rows, end);
-    skip_to(std::min(ceil_div(row + s.pad_top - s.kernel_height + 1, s.stride), s.out_height));
-    const int64_t needed = floor_div(row_end - 1 + s.pad_top, s.stride) + 1;
-    advance(std::clamp(needed, next, s.out_height), row, row_end);
+  const auto finish = [&, rows = rows](int64_t row, int64_t row_end) {
     if (grad_input != nullptr) {
       expand_rows(image, row, row_end, rows, row_pixels, segments.data());
     }
     flush_sums(sums, partial, 2 * expanded);
-  }
-  skip_to(own_end);
+  };
+  // Rows that meet no input row of this task still count in the bias gradient.
+  walk_down(*this, walk, s.out_height, begin, end, own_begin, own_end, advance, finish);
   flush_sums(sums, partial, 2 * expanded);
 }
 
@@ -290,7 +270,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
   }
   at::Tensor grad_input =
       need_input ? empty_tensor(input_size, grad.options(), nhwc) : empty_tensor({0}, grad.options());
-  const Bands bands(s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride));
+  const Bands bands = input_bands(s);
   const Panels panels(s.expanded);
   at::Tensor partial = zero_tensor(
       {bands.tasks(), 2 * panels.padded() + padded_channels(s.out_channels)}, grad.options().dtype(at::kFloat));
@@ -300,10 +280,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
     const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type(), need_input);
-    std::vector<ColumnRuns> columns;
-    for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
-      columns.push_back(transposed_columns(s.window(), phase));
-    }
     const BlockBackward<T> backward{
         s,
         panels,
@@ -318,8 +294,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
         need_input ? grad_input.data_ptr<T>() : nullptr,
         need_expand_bias,
         need_depthwise_bias,
-        need_project_bias,
-        std::move(columns)};
+        need_project_bias};
     float* partials = partial.data_ptr<float>();
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;

@@ -42,17 +42,8 @@ Walk BlockForward<T>::walk(int64_t task_rows) const {
   Walk walk;
   walk.ring_left = s.pad_left;
   walk.ring_pitch = std::max(s.pad_left + s.width, (s.out_width - 1) * s.stride + s.kernel_width);
-  const auto ring_rows = [&](int64_t rows) { return (rows - 1) * s.stride + s.kernel_height; };
-  const auto bytes = [&](int64_t rows, int64_t ring_channels) {
-    return ring_rows(rows) * walk.ring_pitch * ring_channels * int64_t(sizeof(float)) +
-        rows * s.out_width * panels.padded() * int64_t(sizeof(Element));
-  };
-  walk.shared_ring = bytes(task_rows, panels.width(0)) <= kScratchBudget;
-  walk.step_rows = task_rows;
-  while (!walk.shared_ring && walk.step_rows > 1 && bytes(walk.step_rows, panels.padded()) > kScratchBudget) {
-    --walk.step_rows;
-  }
-  walk.ring_rows = ring_rows(walk.step_rows);
+  const int64_t row_bytes = s.out_width * panels.padded() * int64_t(sizeof(Element));
+  walk.fit(panels, task_rows, row_bytes, [&](int64_t rows) { return (rows - 1) * s.stride + s.kernel_height; });
   return walk;
 }
 
@@ -212,7 +203,7 @@ void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t ow
           s);
     }
   };
-  walk_down(s, walk, begin, end, own_begin, own_end, advance, [&](int64_t row, int64_t row_end) {
+  walk_down(*this, walk, s.height, begin, end, own_begin, own_end, advance, [&](int64_t row, int64_t row_end) {
     project_rows(image, row, row_end, rows, row_pixels, segments.data());
   });
 }
@@ -273,7 +264,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
         bytes(mask_depthwise),
         pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr,
         stem.has_value() ? &*stem : nullptr};
-    const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
+    const Bands bands = output_bands(s);
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;
       forward.task(

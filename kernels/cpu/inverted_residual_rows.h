@@ -5,12 +5,18 @@
 
 #include "inverted_residual.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace tinytl::cpu {
 
 template <class T>
 struct Stem;
+
+// Rows [first, end) of one side, not cut to those that there are.
+struct Reads {
+  int64_t first, end;
+};
 
 template <class T>
 struct BlockForward {
@@ -31,8 +37,11 @@ struct BlockForward {
   const Stem<T>* stem; // null: the expansion is 1x1
   ColumnRuns columns = forward_columns(s.window());
 
-  // How a task goes down that many output rows.
+  // How a task goes down that many output rows, and the rows of h1 that some of them read.
   Walk walk(int64_t task_rows) const;
+  Reads reads(int64_t row, int64_t row_end) const {
+    return {row * s.stride - s.pad_top, (row_end - 1) * s.stride - s.pad_top + s.kernel_height};
+  }
   // Rows [begin, end) of h1, one panel, into the ring. Mask bits are written for rows before mask_end only: the rows
   // after it belong to the next band.
   void expand_rows(
@@ -80,7 +89,7 @@ struct BlockBackward {
   const T* grad_pooled; // null: none
   T* grad_input; // null: not wanted
   bool need_expand_bias, need_depthwise_bias, need_project_bias;
-  std::vector<ColumnRuns> columns; // of each stride phase
+  std::vector<ColumnRuns> columns = transposed_phases(s.window(), s.width); // of each stride phase
 
   bool needs_g1() const {
     return grad_input != nullptr || (need_expand_bias && s.has_expand);
@@ -88,8 +97,12 @@ struct BlockBackward {
   bool needs_g2() const {
     return needs_g1() || need_depthwise_bias;
   }
-  // How a task goes down that many input rows.
+  // How a task goes down that many input rows, and the rows of g2 that some of them read.
   Walk walk(int64_t task_rows) const;
+  Reads reads(int64_t row, int64_t row_end) const {
+    return {
+        ceil_div(row + s.pad_top - s.kernel_height + 1, s.stride), floor_div(row_end - 1 + s.pad_top, s.stride) + 1};
+  }
   // Rows [begin, end) of g2, one panel, into the ring. Rows before sum_end count in the bias gradient; those after it
   // belong to the next band.
   void project_rows(
@@ -131,6 +144,14 @@ struct BlockBackward {
   void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* partial) const;
 };
 
+// Bands of rows of h2, and of rows of h1 in backward.
+inline Bands output_bands(const BlockShape& s) {
+  return {s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride)};
+}
+inline Bands input_bands(const BlockShape& s) {
+  return {s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride)};
+}
+
 // Which rows of h1 a band of rows of h2 owns, and the other way round in backward: from the first that the band's first
 // row reads to where the next band starts.
 inline int64_t first_owned_input(const BlockShape& s, const Bands& bands, int64_t band) {
@@ -149,13 +170,15 @@ inline int64_t first_owned_output(const BlockShape& s, const Bands& bands, int64
   return std::clamp<int64_t>(row, 0, s.out_height);
 }
 
-// Goes down output rows [begin, end) of an image: advance(from, to, row, row_end) brings h1 from row `from` to row `to`
-// and h2 with it from `row` to `row_end`; finish(row, row_end) is called when those are complete. All input rows
-// [own_begin, own_end) are passed, also those that no output needs (a stride beyond the kernel, an odd last row).
-template <class Advance, class Finish>
+// Goes down rows [begin, end) of an image: advance(from, to, row, row_end) brings the side that is read, `height` rows,
+// from row `from` to row `to`, and the other with it from `row` to `row_end`; finish(row, row_end) is called when those
+// are complete. All rows [own_begin, own_end) that are read are passed, also those that nobody needs (a stride beyond
+// the kernel, an odd last row). block: its reads(row, row_end).
+template <class Block, class Advance, class Finish>
 void walk_down(
-    const BlockShape& s,
+    const Block& block,
     const Walk& walk,
+    int64_t height,
     int64_t begin,
     int64_t end,
     int64_t own_begin,
@@ -174,9 +197,9 @@ void walk_down(
   };
   for (int64_t row = begin; row < end; row += walk.step_rows) {
     const int64_t row_end = std::min(row + walk.step_rows, end);
-    skip_to(std::min(row * s.stride - s.pad_top, s.height));
-    const int64_t needed = (row_end - 1) * s.stride - s.pad_top + s.kernel_height;
-    advance_to(std::clamp(needed, next, s.height), row, row_end);
+    const Reads read = block.reads(row, row_end);
+    skip_to(std::min(read.first, height));
+    advance_to(std::clamp(read.end, next, height), row, row_end);
     finish(row, row_end);
   }
   skip_to(own_end);

@@ -36,14 +36,6 @@ void times_slopes(Element* rows, int64_t pixels, int64_t width, const float* slo
 struct ImageBuffer {
   Walk g2;
   int64_t slopes2, slopes1, size; // offsets
-
-  int64_t area() const { // pixels of g2, zeros included
-    return g2.ring_rows * g2.ring_pitch;
-  }
-  // Ring position, in pixels, of the first pixel of a row of g2.
-  int64_t row(int64_t row) const {
-    return row * g2.ring_pitch + g2.ring_left;
-  }
 };
 
 // The sums of a task, in floats.
@@ -109,7 +101,7 @@ struct Backward {
   void clear(int64_t image) const {
     for (int64_t p = 0; block.needs_g1() && p < panels().count; ++p) {
       clear_borders(
-          buffer_of(image) + panels().start(p) * layout.area(), panels().groups(p), layout.g2, s.out_width);
+          buffer_of(image) + panels().start(p) * layout.g2.area(), panels().groups(p), layout.g2, s.out_width);
     }
   }
 
@@ -138,7 +130,7 @@ struct Backward {
       });
     };
     walk_down(
-        s, walk, out_rows.begin, out_rows.end, own.begin, own.end, advance,
+        *again, walk, s.height, out_rows.begin, out_rows.end, own.begin, own.end, advance,
         [&, z2 = z2](int64_t row, int64_t row_end) {
           project_rows(image, row, row_end, z2, step_pixels, sums_of(image, band));
         });
@@ -170,12 +162,12 @@ struct Backward {
     const int64_t* offsets = ring_offsets(begin, end, s.out_width, layout.g2);
     float *g2 = buffer_of(image), *slopes2 = gate.has_value() ? g2 + layout.slopes2 : nullptr;
     for (int64_t p = 0; p < panels().count; ++p) {
-      const int64_t start = panels().start(p), width = panels().width(p), at = start * layout.area();
+      const int64_t start = panels().start(p), width = panels().width(p), at = start * layout.g2.area();
       block.project_rows(image, p, begin, end, 0, g2 + at, layout.g2.plane(), offsets, operand, nullptr);
       for (int64_t g = 0; g < panels().groups(p); ++g) {
         float* channel_sums = task_sums + start + g * kGroup;
         for (int64_t r = begin; r < end; ++r) {
-          const int64_t first = at + g * layout.g2.plane() + layout.row(r) * kGroup;
+          const int64_t first = at + g * layout.g2.plane() + layout.g2.pixel(r) * kGroup;
           passes.backward_group(
               z2 + start * row_pixels + (r - begin) * s.out_width * width + g * kGroup,
               s.out_width,
@@ -214,7 +206,7 @@ struct Backward {
       float* group = buffer_of(image) + c / kGroup * layout.g2.plane() + c % kGroup;
       Vec total(0.f);
       for (int64_t r = rows.begin; r < rows.end; ++r) {
-        float* d = group + layout.row(r) * kGroup;
+        float* d = group + layout.g2.pixel(r) * kGroup;
         const float* slopes = d + layout.slopes2;
         Vec row_sum(0.f);
         for (int64_t m = 0; m < s.out_width; ++m) {
@@ -245,7 +237,7 @@ struct Backward {
         const int64_t start = panels().start(p), width = panels().width(p);
         Element* panel_rows = g1 + start * step_pixels;
         block.transposed_depthwise_rows(
-            image, p, row, row_end, g2 + start * layout.area(), panel_rows, layout.g2, runs.data(), nullptr);
+            image, p, row, row_end, g2 + start * layout.g2.area(), panel_rows, layout.g2, runs.data(), nullptr);
         for (int64_t r = row; s.has_expand && r < row_end; ++r, panel_rows += s.width * width) {
           const float* slopes = slopes1 + start * s.height * s.width + r * s.width * width;
           times_slopes(panel_rows, s.width, width, slopes, bias_sums + start);
@@ -292,8 +284,7 @@ MbconvGradients mbconv_backward(
   const at::Tensor grad = in_channels_last(grad_output);
   const std::optional<SqueezeExcite> gate = squeeze_excite(s, layers, options, x.scalar_type());
   const auto biases = padded_biases(s, layers);
-  const Bands out_bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
-  const Bands in_bands(s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride));
+  const Bands out_bands = output_bands(s), in_bands = input_bands(s);
   const Schedule schedule(s.batch, out_bands.per_image > 1 ? out_bands : in_bands);
   const int64_t per_image = schedule.by_image ? 1 : std::max(out_bands.per_image, in_bands.per_image);
 
@@ -314,10 +305,6 @@ MbconvGradients mbconv_backward(
     const BlockWeights stored = block_weights(layers);
     const at::Tensor weights = pack_block_backward(s, stored, x.scalar_type(), needs.input);
     const auto packed = BlockPack<Dot>::backward(s);
-    std::vector<ColumnRuns> columns;
-    for (int64_t phase = 0; phase < std::min(s.stride, s.width); ++phase) {
-      columns.push_back(transposed_columns(s.window(), phase));
-    }
     const BlockBackward<T> block{
         s,
         Panels(s.expanded),
@@ -332,8 +319,7 @@ MbconvGradients mbconv_backward(
         needs.input ? gradients.input.data_ptr<T>() : nullptr,
         needs.biases[kExpand],
         needs.biases[kDepthwise],
-        needs.biases[kProject],
-        std::move(columns)};
+        needs.biases[kProject]};
     at::Tensor again_weights;
     std::optional<BlockForward<T>> again;
     if (block.needs_g2() || (gate.has_value() && (needs.biases[kReduce] || needs.biases[kRestore]))) {
@@ -344,7 +330,7 @@ MbconvGradients mbconv_backward(
     ImageBuffer layout{block.walk(s.height), 0, 0, 0};
     layout.g2.ring_rows = s.out_height;
     layout.g2.shared_ring = false;
-    layout.slopes2 = layout.area() * sum.padded;
+    layout.slopes2 = layout.g2.area() * sum.padded;
     layout.slopes1 = layout.slopes2 * (gate.has_value() ? 2 : 1);
     layout.size = layout.slopes1 + (block.needs_g1() && s.has_expand ? s.height * s.width * sum.padded : 0);
     const at::Tensor buffers = empty_tensor({again.has_value() ? schedule.buffers : 0, layout.size}, floats);

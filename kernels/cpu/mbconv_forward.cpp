@@ -32,7 +32,7 @@ at::Tensor mbconv_forward(const at::Tensor& input, const MbconvLayers& layers, c
   }
   at::Tensor out = mbconv_output(x, layers, options);
   const auto biases = padded_biases(s, layers);
-  const Bands bands(s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride));
+  const Bands bands = output_bands(s);
   const int64_t pixels = s.out_height * s.out_width, padded = padded_channels(s.expanded);
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
@@ -90,7 +90,7 @@ at::Tensor mbconv_forward(const at::Tensor& input, const MbconvLayers& layers, c
         advance_rows(block, image, walk, rings, from, to, row < row_end, activate, filter);
       };
       walk_down(
-          s, walk, out_rows.begin, out_rows.end, own.begin, own.end, advance,
+          block, walk, s.height, out_rows.begin, out_rows.end, own.begin, own.end, advance,
           [&, step = step](int64_t row, int64_t row_end) {
             if (all_rows == nullptr) {
               block.project_rows(image, row, row_end, step, step_pixels, segments.data());

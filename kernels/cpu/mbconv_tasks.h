@@ -203,7 +203,7 @@ void advance_rows(
 
 // Row `row` of a group, without the zeros beside it.
 inline float* ring_row(float* ring, const Walk& walk, int64_t group, int64_t row) {
-  return ring + group * walk.plane() + (row % walk.ring_rows * walk.ring_pitch + walk.ring_left) * kGroup;
+  return ring + group * walk.plane() + walk.pixel(row) * kGroup;
 }
 
 } // namespace tinytl::cpu

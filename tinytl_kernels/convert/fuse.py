@@ -12,17 +12,16 @@ import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
 from tinytl_kernels.nn.fused_sequential import block_at, chain_at, in_a_row, stem_at
 
-from .functional import is_addition
 from .probe import tampered
+from .read_block import BlockLayers, read_block
 from .report import ConversionReport, Note
 from .rewrite import Rewrite, generated_class, rewrite_of
-from .trace import trace_model
 
 
 def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[str] = ()) -> None:
@@ -41,16 +40,15 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
         if any(name.startswith(f"{block}.") for block in done):
             continue
         holds_a_place = any(path.startswith(f"{name}.") for path in apart)
-        convs = None if not name or holds_a_place else _read_block(module)
-        if convs is None:
+        layers = None if not name or holds_a_place else _read_block(module)
+        if layers is None:
             prefix = f"{name}." if name else ""
             if rows := _blocks_in_a_row(module, {path.removeprefix(prefix) for path in apart}):
                 module.__class__ = FusedSequential
                 report.done.extend(Note(prefix + row, "Sequential", "whole block as one operator") for row in rows)
             continue
-        *chain, residual = convs
-        children = dict(zip(("expand", "depthwise", "project"), chain, strict=True))
-        module.__class__ = class_with(FrozenInvertedResidual, module, children, {"residual": residual})
+        children = dict(zip(("expand", "depthwise", "project"), layers.chain, strict=True))
+        module.__class__ = class_with(FrozenInvertedResidual, module, children, {"residual": layers.residual})
         done.append(name)
         report.done.append(Note(name, type(module).__name__, "whole block as one operator"))
     _join_stems(model, report, apart)
@@ -168,74 +166,13 @@ def _rebuild(base: type[nn.Module] | Rewrite, *description) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _read_block(module: nn.Module) -> tuple | None:
-    """(expand or None, depthwise, project, whether the input is added), or None if it is anything else."""
-    convs = [m for m in module.modules() if isinstance(m, FrozenConvBias)]
-    if isinstance(module, FrozenInvertedResidual):
+def _read_block(module: nn.Module) -> BlockLayers | None:
+    """The layers of ``module``, if it is an inverted residual block and nothing else."""
+    if isinstance(module, FrozenInvertedResidual) or sum(isinstance(m, FrozenConvBias) for m in module.modules()) > 3:
         return None
-    if len(convs) not in (2, 3) or not any(conv.groups > 1 for conv in convs) or module in convs:
-        return None
-    if isinstance(module, nn.Sequential) and not any(conv in module.children() for conv in convs):
+    if isinstance(module, nn.Sequential) and not any(isinstance(m, FrozenConvBias) for m in module.children()):
         return None  # a stage that holds one block: the block inside is what is meant
-    owned = {id(p) for conv in convs for p in conv.parameters()}
-    if any(id(p) not in owned for p in module.parameters()) or next(module.buffers(), None) is not None:
+    layers = read_block(module)
+    if layers is None or layers.reduce is not None or layers.drop is not None or not_a_block(*layers.chain):
         return None
-    if any(tampered(m) for m in module.modules()):
-        return None
-    flow = trace_model(module)
-    if flow.opaque or len(flow.regions) != 1:
-        return None
-    found = {mode: _read(graph) for mode, graph in flow.regions[0].graphs.items()}
-    if None in found.values() or len(set(found.values())) != 1:
-        return None
-    *chain, residual = found["eval"]
-    if len(chain) != len(convs):
-        return None
-    expand, depthwise, project = chain if len(chain) == 3 else (None, *chain)
-    return None if not_a_block(expand, depthwise, project) else (expand, depthwise, project, residual)
-
-
-def _read(graph: fx.Graph) -> tuple | None:
-    """(convolutions in order ..., whether the input is added) if the graph is nothing but that."""
-    same: dict[fx.Node, fx.Node] = {}  # a node that computes nothing -> what it passes on
-
-    def source(node) -> fx.Node | None:
-        return same.get(node, node) if isinstance(node, fx.Node) else None
-
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if not inputs:
-        return None
-    last, convs, residual = inputs[0], [], False
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            return (*convs, residual) if source(node.args[0]) is last else None
-        if node.op == "call_module" and passes_on(node.meta["module"]) and source(node.args[0]) is not None:
-            same[node] = source(node.args[0])
-        elif node.op == "call_module" and isinstance(node.meta["module"], FrozenConvBias):
-            if residual or source(node.args[0]) is not last:
-                return None
-            convs.append(node.meta["module"])
-            last = node
-        elif is_addition(node) and not residual and convs:
-            if {source(node.args[0]), source(node.args[1])} != {inputs[0], last}:
-                return None
-            residual, last = True, node
-        else:
-            return None
-    return None
-
-
-def passes_on(module: nn.Module) -> bool:
-    """Whether ``module`` returns what it gets, in training and in evaluation."""
-    if isinstance(module, nn.Identity):
-        return True
-    if isinstance(module, nn.Dropout):
-        return module.p == 0
-    return drops_paths(module) and not (getattr(module, "drop_prob", None) or getattr(module, "p", None))
-
-
-def drops_paths(module: nn.Module) -> bool:
-    """Whether ``module`` is timm's ``DropPath`` or torchvision's ``StochasticDepth``."""
-    return type(module).__name__ in ("DropPath", "StochasticDepth")
+    return layers

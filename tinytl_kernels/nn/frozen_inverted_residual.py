@@ -177,10 +177,8 @@ def not_a_block(
     """Why these modules, with one of the ``activations``, cannot be computed as one inverted residual block, or None
     if they can."""
     for name, conv in (("expand", expand), ("project", project)):
-        if conv is not None and (
-            conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1 or not _unpadded(conv)
-        ):
-            return f"{name}: expected a 1x1 convolution of stride 1, groups 1, no padding, got {conv}"
+        if conv is not None and (reason := not_pointwise(name, conv)):
+            return reason
     if project.activation is not None:
         return f"project: expected no activation, got {project.activation!r}"
     if depthwise.groups != depthwise.in_channels or depthwise.out_channels != depthwise.in_channels:
@@ -198,6 +196,10 @@ def not_a_block(
     return None
 
 
-def _unpadded(conv: FrozenConvBias) -> bool:
+def not_pointwise(name: str, conv: FrozenConvBias) -> str | None:
+    """Why ``conv`` is no matrix product at every pixel, or None if it is."""
     # A 1x1 convolution of stride 1 pads nothing under any of the named paddings.
-    return isinstance(conv.padding, str) or not any(conv.padding)
+    unpadded = isinstance(conv.padding, str) or not any(conv.padding)
+    if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1 and unpadded:
+        return None
+    return f"{name}: expected a 1x1 convolution of stride 1, groups 1, no padding, got {conv}"

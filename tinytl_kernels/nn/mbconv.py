@@ -41,14 +41,7 @@ class MBConv(nn.Module):
     mbconv_residual: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._computed(input, compute=True)
-
-    def before_backward(self, input: Tensor) -> Tensor:
-        """What ``forward`` returns, with its history; where :meth:`keeps_input_alone`, not computed."""
-        return self._computed(input, compute=False)
-
-    def _computed(self, input: Tensor, compute: bool) -> Tensor:
-        output = self._in_one_call(input, compute) if self.keeps_input_alone(input) else None
+        output = self.in_one_call(input) if self.keeps_input_alone(input) else None
         return super().forward(input) if output is None else output
 
     def keeps_input_alone(self, input: Tensor) -> bool:
@@ -61,7 +54,9 @@ class MBConv(nn.Module):
             and not any(watched(inner) for inner in self.modules() if inner is not self)
         )
 
-    def _in_one_call(self, input: Tensor, compute: bool) -> Tensor | None:
+    def in_one_call(self, input: Tensor, compute: bool = True) -> Tensor | None:
+        """What ``forward`` returns where :meth:`keeps_input_alone`, or None; without ``compute`` its history, but no
+        particular values."""
         input = ops.autocast_input(input)
         expand, depthwise, project = self.mbconv_expand, self.mbconv_depthwise, self.mbconv_project
         reduce, restore, drop = self.mbconv_reduce, self.mbconv_restore, self.mbconv_drop

@@ -202,9 +202,9 @@ class _Call:
 
     def before_backward(self, input: Tensor) -> Tensor:
         """The output for its history; its values only where the module computes them for that."""
-        if _keeps_input_alone(self.module, input):
-            return self.module.before_backward(input)
-        return self.plain(input)
+        alone = _keeps_input_alone(self.module, input)
+        output = self.module.in_one_call(input, compute=False) if alone else None
+        return self.plain(input) if output is None else output
 
     def autocasting(self) -> torch.autocast:
         # Without the cache: a cast that a forward under no_grad left there would have no history in backward.
@@ -263,7 +263,9 @@ def _forward_alone(call: _Call, input: Tensor) -> Tensor:
     """The output of a module that keeps its input by itself, and computes itself again."""
     drawing = call.module.training
     before = _RandomState.now(input) if drawing else None
-    output = call.plain(input)
+    output = call.module.in_one_call(input)
+    if output is None:
+        return call.plain(input)
     if output.requires_grad and (before is None or _RandomState.now(input) == before):
         setattr(output, _Source.ATTRIBUTE, _Source(input, (call,), output._version))
     return output
