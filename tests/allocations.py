@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -10,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def allocated(function: Callable[[], object]) -> tuple[int, int]:
     """(peak, left) bytes on top of what was there before ``function()``; what it returns is still held for ``left``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         result = function()
         held = torch.empty(7919, dtype=torch.uint8)  # marks the end of the function in the trace
     del result, held
@@ -22,3 +24,16 @@ def allocated(function: Callable[[], object]) -> tuple[int, int]:
         now += event.nbytes()
         peak = max(peak, now)
     raise AssertionError("the end of the function is not in the trace")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What earlier tests left in reference cycles is finalised now, not while a function's allocations are counted."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
