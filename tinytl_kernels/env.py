@@ -28,7 +28,7 @@ def env_report() -> str:
         *((name, _version(name)) for name in ("triton", "torchvision", "timm", "numpy", "safetensors")),
         ("cpu capability", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
-        ("c++ compiler", shutil.which(os.environ.get("CXX", "c++")) or "none found"),
+        ("c++ compiler", shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]) or "none found"),
         (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "not set")),
         *((f"backend {name}", state) for name, state in available_backends().items()),
     ]

@@ -8,6 +8,7 @@
 #include "conv_activation.h"
 #include "dispatcher.h"
 #include "inverted_residual.h"
+#include "inverted_residual_chain.h"
 #include "lite_branch.h"
 #include "mbconv.h"
 #include "operators.h"
@@ -380,6 +381,83 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
   }
 };
 
+// What autograd's node of a chain keeps beside tensors.
+struct ChainRecord : torch::CustomClassHolder {
+  std::vector<BlockShape> shapes;
+  std::vector<std::array<int64_t, 3>> edges; // to each block's biases, -1: none
+};
+
+// frozen_inverted_residual several times in a row, one node of autograd's graph.
+struct InvertedResiduals : Function<InvertedResiduals> {
+  // biases: those of `blocks` that are there, in order, for autograd.
+  static at::Tensor forward(
+      AutogradContext* ctx,
+      const at::Tensor& input,
+      at::TensorList biases,
+      const std::vector<ChainedBlock>& blocks) {
+    auto record = c10::make_intrusive<ChainRecord>();
+    Edges edges;
+    edges.of(input);
+    for (const ChainedBlock& block : blocks) {
+      const auto& [expand, depthwise, project] = block.biases;
+      refuse_trained_block(
+          "expand", block.weights[0], block.scales[0], *block.weights[1], block.scales[1], *block.weights[2],
+          block.scales[2]);
+      record->shapes.push_back(block.shape);
+      record->edges.push_back({edges.of(expand), edges.of(depthwise), edges.of(project)});
+    }
+    TINYTL_RECORDED("inverted_residual_forward");
+    auto [output, masks] = chain_forward(input, blocks);
+    variable_list kept;
+    for (size_t k = 0; k < blocks.size(); ++k) {
+      for (size_t layer = 0; layer < 3; ++layer) {
+        kept.push_back(or_undefined(blocks[k].weights[layer]));
+        kept.push_back(or_undefined(blocks[k].scales[layer]));
+      }
+      kept.push_back(masks[k].expand);
+      kept.push_back(masks[k].depthwise);
+    }
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["arguments"] = static_cast<int64_t>(biases.size()) + 2;
+    ctx->saved_data["record"] = c10::IValue::make_capsule(record);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto record = c10::static_intrusive_pointer_cast<ChainRecord>(ctx->saved_data["record"].toCapsule());
+    const auto saved = ctx->get_saved_variables();
+    const auto wanted = [&](int64_t edge) { return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge)); };
+    std::vector<ChainedBlock> blocks;
+    std::vector<BlockMasks> masks;
+    std::vector<std::array<bool, 3>> need;
+    auto next = saved.begin();
+    for (size_t k = 0; k < record->shapes.size(); ++k) {
+      ChainedBlock& block = blocks.emplace_back();
+      block.shape = record->shapes[k];
+      for (size_t layer = 0; layer < 3; ++layer) {
+        block.weights[layer] = or_none(*next++);
+        block.scales[layer] = or_none(*next++);
+      }
+      const at::Tensor& expand_mask = *next++;
+      masks.emplace_back(expand_mask, *next++);
+      const auto& [expand, depthwise, project] = record->edges[k];
+      need.push_back({wanted(expand), wanted(depthwise), wanted(project)});
+    }
+    TINYTL_RECORDED("inverted_residual_backward");
+    ChainGradients gradients = chain_backward(grads[0], blocks, masks, ctx->needs_input_grad(0), need);
+    variable_list results(ctx->saved_data["arguments"].toInt());
+    results[0] = std::move(gradients.input);
+    for (size_t k = 0; k < need.size(); ++k) {
+      for (size_t layer = 0; layer < 3; ++layer) {
+        if (need[k][layer]) {
+          results[record->edges[k][layer]] = std::move(gradients.biases[k][layer]);
+        }
+      }
+    }
+    return once("frozen_inverted_residual", std::move(results), grads);
+  }
+};
+
 // frozen_conv of an image, which gets no gradient, and frozen_inverted_residual without expansion.
 struct StemBlock : Function<StemBlock> {
   static constexpr int kArguments = 16;
@@ -742,9 +820,56 @@ class ChainArguments {
   size_t next_tensor_ = 0, next_activation_ = 0;
 };
 
+// A block and what the operator takes of it beside its tensors.
+struct ChainLink {
+  ChainedBlock block;
+  at::IntArrayRef stride, padding;
+  std::string activation;
+};
+
+// The operator frozen_inverted_residual of `link`.
+variable_list apply_block(const at::Tensor& input, const ChainLink& link, bool want_pooled) {
+  const auto [weights, biases, scales] = std::tie(link.block.weights, link.block.biases, link.block.scales);
+  return FrozenInvertedResidual::apply(
+      input, weights[0], biases[0], *weights[1], biases[1], *weights[2], biases[2], link.stride, link.padding,
+      OptionalString(link.activation), link.block.shape.residual, link.block.needs_masks, want_pooled, scales[0],
+      scales[1], scales[2]);
+}
+
+// All of `links`, none of which has a branch.
+at::Tensor apply_blocks(at::Tensor output, const std::vector<ChainLink>& links) {
+  if (links.empty()) {
+    return output;
+  }
+  std::vector<ChainedBlock> blocks;
+  for (const ChainLink& link : links) {
+    blocks.push_back(link.block);
+  }
+  size_t first = 0;
+  for (const size_t end : chain_segments(blocks, output.scalar_type())) {
+    if (end == first + 1) {
+      output = std::move(apply_block(output, links[first], false)[0]);
+    } else {
+      const std::vector<ChainedBlock> segment(blocks.begin() + first, blocks.begin() + end);
+      variable_list biases;
+      for (const ChainedBlock& block : segment) {
+        for (const OptionalTensor& bias : block.biases) {
+          if (bias.has_value()) {
+            biases.push_back(*bias);
+          }
+        }
+      }
+      output = InvertedResiduals::apply(output, at::TensorList(biases), segment);
+    }
+    first = end;
+  }
+  return output;
+}
+
 // Blocks in a row, with or without lite residuals: of each frozen_inverted_residual and, with a branch, its pooled
 // input, lite_branch and upsample_add. They are the nodes of autograd's graph that they are from Python, so that what
-// one has kept and made is freed before the next one runs. backends/cpu/block_chain.py writes the lists.
+// one has kept and made is freed before the next one runs; but for blocks without a branch that need no more memory
+// together (chain_segments). backends/cpu/block_chain.py writes the lists.
 at::Tensor block_chain(
     const at::Tensor& input,
     const c10::List<OptionalTensor>& tensors,
@@ -754,23 +879,33 @@ at::Tensor block_chain(
     at::TensorList running) {
   ChainArguments next(tensors, numbers, reals, activations, running);
   at::Tensor output = input;
+  std::vector<int64_t> size = input.sizes().vec(); // of the next block's input
+  std::vector<ChainLink> row; // without branches, not yet applied to `output`
   while (!next.done()) {
-    const auto expand_weight = next.optional(), expand_bias = next.optional();
-    const auto depthwise_weight = next.tensor();
-    const auto depthwise_bias = next.optional();
-    const auto project_weight = next.tensor();
-    const auto project_bias = next.optional();
-    const auto expand_scale = next.optional(), depthwise_scale = next.optional(), project_scale = next.optional();
-    const auto stride = next.numbers(2), padding = next.numbers(4);
-    const bool residual = next.number(), needs_masks = next.number(), has_branch = next.number();
-    variable_list block = FrozenInvertedResidual::apply(
-        output, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, stride,
-        padding, OptionalString(next.activation()), residual, needs_masks, has_branch, expand_scale, depthwise_scale,
-        project_scale);
+    ChainLink link;
+    auto [weights, biases, scales] = std::tie(link.block.weights, link.block.biases, link.block.scales);
+    for (size_t layer = 0; layer < 3; ++layer) {
+      weights[layer] = layer == 0 ? next.optional() : OptionalTensor(next.tensor());
+      biases[layer] = next.optional();
+    }
+    for (OptionalTensor& scale : scales) {
+      scale = next.optional();
+    }
+    link.stride = next.numbers(2), link.padding = next.numbers(4);
+    const bool residual = next.number();
+    link.block.needs_masks = next.number();
+    const bool has_branch = next.number();
+    link.activation = next.activation();
+    BlockShape& shape = link.block.shape;
+    shape = block_shape(
+        size, weights[0], *weights[1], *weights[2], link.stride[0], link.padding, link.activation, residual);
+    size = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
     if (!has_branch) {
-      output = std::move(block[0]);
+      row.push_back(std::move(link));
       continue;
     }
+    output = apply_blocks(std::move(output), std::exchange(row, {}));
+    variable_list block = apply_block(output, link, true);
     const auto weight1 = next.tensor();
     const auto norm_weight1 = next.optional(), norm_bias1 = next.optional();
     const auto running_mean1 = next.optional(), running_var1 = next.optional();
@@ -795,7 +930,7 @@ at::Tensor block_chain(
     }
     output = branch[0];
   }
-  return output;
+  return apply_blocks(std::move(output), row);
 }
 
 // The tensors that F::apply gives as what torch.ops returns.

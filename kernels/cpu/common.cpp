@@ -7,7 +7,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace tinytl::cpu {
 
@@ -122,17 +124,15 @@ at::Tensor reduce_partial(const at::Tensor& partial, int64_t start, int64_t chan
     return empty_tensor({0}, partial.options());
   }
   at::Tensor total = empty_tensor({channels}, partial.options());
-  const int64_t tasks = partial.size(0);
   const int64_t length = partial.size(1);
   const float* source = partial.data_ptr<float>() + start;
-  float* target = total.data_ptr<float>();
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t t = 0; t < tasks; ++t) {
-      sum += source[t * length + c];
+  std::vector<double> sums(channels);
+  for (int64_t t = 0; t < partial.size(0); ++t, source += length) {
+    for (int64_t c = 0; c < channels; ++c) {
+      sums[c] += source[c];
     }
-    target[c] = static_cast<float>(sum);
   }
+  std::copy(sums.begin(), sums.end(), total.data_ptr<float>());
   return total;
 }
 

@@ -183,16 +183,25 @@ struct AddToTensor {
   const T* pooled = nullptr; // (N, H / 2, W / 2, C), from this panel's first channel on; may be null
   const int64_t* pooled_offsets = nullptr; // element offset of pixel m's cell in pooled, or -1
 
+  TINYTL_INLINE int64_t columns() const {
+    return valid;
+  }
+
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
-    if (valid >= VECS * kLanes) {
+    const auto write_all = [&](int64_t last) TINYTL_LAMBDA_INLINE {
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
         TINYTL_UNROLL
         for (int v = 0; v < VECS; ++v) {
-          write(m0 + m, v, sum[m][v], kLanes);
+          write(m0 + m, v, sum[m][v], v + 1 < VECS ? kLanes : last);
         }
       }
+    };
+    if (valid >= VECS * kLanes) {
+      write_all(kLanes);
+    } else if (kHalves && valid == VECS * kLanes - kLanes / 2) {
+      write_all(kLanes / 2);
     } else {
       // The last panel takes the detour through memory, so that tails are compiled once and not in every tile.
       alignas(64) float values[ROWS * VECS * kLanes];

@@ -80,6 +80,9 @@ struct FloatDot {
   static TINYTL_INLINE Vec accumulate(Vec sum, Vec a, Vec b) {
     return at::vec::fmadd(a, b, sum);
   }
+  static TINYTL_INLINE HalfVec accumulate(HalfVec sum, Vec a, HalfVec b) {
+    return fmadd(lower_half(a), b, sum);
+  }
 };
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -99,6 +102,9 @@ struct BFloat16Dot {
   static TINYTL_INLINE Vec accumulate(Vec sum, Vec a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
+  static TINYTL_INLINE HalfVec accumulate(HalfVec sum, Vec a, HalfVec b) {
+    return _mm256_dpbf16_ps(sum, (__m256bh)lower_half(a), (__m256bh)b);
+  }
 };
 #endif
 
@@ -110,8 +116,9 @@ struct Segment {
   int64_t depth; // a multiple of Dot::kStep
 };
 
-// One tile: ROWS pixels from m0 by GROUPS groups. The epilogue gets (m0, accumulators[ROWS][vectors]).
-template <class Dot, int ROWS, int GROUPS, class Epilogue>
+// One tile: ROWS pixels from m0 by GROUPS groups, half of the last vector if HALF. The epilogue gets (m0,
+// accumulators[ROWS][vectors]), zeros in what was not computed.
+template <class Dot, int ROWS, int GROUPS, bool HALF, class Epilogue>
 TINYTL_INLINE void gemm_tile(
     int64_t m0,
     const Segment<typename Dot::Element>* segments,
@@ -120,40 +127,30 @@ TINYTL_INLINE void gemm_tile(
     const float* init,
     const Epilogue& epilogue) {
   constexpr int VECS = GROUPS * kGroupVecs;
+  constexpr int WHOLE = VECS - (HALF ? 1 : 0);
   Vec sum[ROWS][VECS];
-  TINYTL_UNROLL
-  for (int v = 0; v < VECS; ++v) {
-    const Vec start = init != nullptr ? Vec::loadu(init + v * kLanes) : Vec(0.f);
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      sum[m][v] = start;
-    }
+  HalfVec half[ROWS];
+  const auto each = [&](const auto& body) TINYTL_LAMBDA_INLINE { each_sum<HALF>(sum, half, body); };
+  if (init != nullptr) {
+    each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { load_into(value, init + at % (VECS * kLanes)); });
+  } else {
+    each([](auto& value, int) TINYTL_LAMBDA_INLINE { set_zero(value); });
   }
   alignas(64) float total[ROWS * VECS * kLanes]; // touched once every kChainDepth terms; no Vec, which starts as zeros
   bool flushed = false;
   int64_t chain = 0;
   const auto add_total = [&]() TINYTL_LAMBDA_INLINE {
-    TINYTL_UNROLL
-    for (int m = 0; m < ROWS; ++m) {
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        sum[m][v] = sum[m][v] + Vec::loadu(total + (m * VECS + v) * kLanes);
-      }
-    }
+    each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { add_into(value, total + at); });
   };
   for (int64_t s = 0; s < num_segments; ++s) {
     if (chain >= kChainDepth) {
       if (flushed) {
         add_total();
       }
-      TINYTL_UNROLL
-      for (int m = 0; m < ROWS; ++m) {
-        TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
-          sum[m][v].store(total + (m * VECS + v) * kLanes);
-          sum[m][v] = Vec(0.f);
-        }
-      }
+      each([&](auto& value, int at) TINYTL_LAMBDA_INLINE {
+        store_from(value, total + at);
+        set_zero(value);
+      });
       flushed = true;
       chain = 0;
     }
@@ -164,15 +161,22 @@ TINYTL_INLINE void gemm_tile(
     for (int64_t k = 0; k < depth; k += Dot::kStep) {
       Vec row[VECS];
       TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
+      for (int v = 0; v < WHOLE; ++v) {
         row[v] = Dot::row(b + v * kLanes * Dot::kStep);
+      }
+      [[maybe_unused]] HalfVec half_row;
+      if constexpr (HALF) {
+        load_into(half_row, reinterpret_cast<const float*>(b + WHOLE * kLanes * Dot::kStep));
       }
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
         const Vec value = Dot::broadcast(a + m * stride + k);
         TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
+        for (int v = 0; v < WHOLE; ++v) {
           sum[m][v] = Dot::accumulate(sum[m][v], value, row[v]);
+        }
+        if constexpr (HALF) {
+          half[m] = Dot::accumulate(half[m], value, half_row);
         }
       }
       b += VECS * kLanes * Dot::kStep;
@@ -181,12 +185,18 @@ TINYTL_INLINE void gemm_tile(
   if (flushed) {
     add_total();
   }
+  if constexpr (HALF) {
+    TINYTL_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      sum[m][WHOLE] = with_zeros_above(half[m]);
+    }
+  }
   epilogue.template tile<ROWS, GROUPS>(m0, sum);
 }
 
 namespace detail {
 
-template <class Dot, int GROUPS, int ROWS, class Epilogue>
+template <class Dot, int GROUPS, bool HALF, int ROWS, class Epilogue>
 TINYTL_INLINE void gemm_rows(
     int rows,
     int64_t m0,
@@ -197,14 +207,14 @@ TINYTL_INLINE void gemm_rows(
     const Epilogue& epilogue) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      gemm_tile<Dot, ROWS, GROUPS>(m0, segments, num_segments, b, init, epilogue);
+      gemm_tile<Dot, ROWS, GROUPS, HALF>(m0, segments, num_segments, b, init, epilogue);
     } else {
-      gemm_rows<Dot, GROUPS, ROWS - 1>(rows, m0, segments, num_segments, b, init, epilogue);
+      gemm_rows<Dot, GROUPS, HALF, ROWS - 1>(rows, m0, segments, num_segments, b, init, epilogue);
     }
   }
 }
 
-template <class Dot, int GROUPS, class Epilogue>
+template <class Dot, int GROUPS, bool HALF, class Epilogue>
 void gemm_groups(
     int64_t pixels,
     const Segment<typename Dot::Element>* segments,
@@ -218,7 +228,7 @@ void gemm_groups(
   const int64_t large = tiles > 0 ? pixels % tiles : 0;
   for (int64_t t = 0, m0 = 0; t < tiles; ++t) {
     const int rows = static_cast<int>(small + (t < large ? 1 : 0));
-    gemm_rows<Dot, GROUPS, kTileRows>(rows, m0, segments, num_segments, b, init, epilogue);
+    gemm_rows<Dot, GROUPS, HALF, kTileRows>(rows, m0, segments, num_segments, b, init, epilogue);
     m0 += rows;
   }
 }
@@ -234,7 +244,12 @@ TINYTL_INLINE void gemm_dispatch(
     const Epilogue& epilogue) {
   if constexpr (GROUPS > 0) {
     if (groups == GROUPS) {
-      gemm_groups<Dot, GROUPS>(pixels, segments, num_segments, b, init, epilogue);
+      if constexpr (kHalves && GROUPS > 1 && requires { epilogue.columns(); }) {
+        if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
+          return gemm_groups<Dot, GROUPS, true>(pixels, segments, num_segments, b, init, epilogue);
+        }
+      }
+      gemm_groups<Dot, GROUPS, false>(pixels, segments, num_segments, b, init, epilogue);
     } else {
       gemm_dispatch<Dot, GROUPS - 1>(groups, pixels, segments, num_segments, b, init, epilogue);
     }
@@ -243,7 +258,8 @@ TINYTL_INLINE void gemm_dispatch(
 
 } // namespace detail
 
-// One panel of C for all `pixels`. b: the packed panel; init: the panel's start values or null for zeros.
+// One panel of C for all `pixels`. b: the packed panel; init: the panel's start values or null for zeros. An epilogue
+// that says how many columns there are gets no more computed, to half a vector.
 template <class Dot, class Epilogue>
 TINYTL_INLINE void gemm_panel(
     int groups,

@@ -2,6 +2,14 @@
 #include "inverted_residual.h"
 
 namespace tinytl::cpu {
+namespace {
+
+template <class T>
+Tasks depthwise_packing(const FrozenWeight& weight, float* packed) {
+  return {1, [&weight, packed](int64_t) { pack_depthwise<T>(weight, packed); }};
+}
+
+} // namespace
 
 BlockShape block_shape(
     at::IntArrayRef input_size,
@@ -106,53 +114,46 @@ BlockWeights::BlockWeights(
   }
 }
 
-at::Tensor pack_block_forward(
+PackedWeights pack_block_forward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool with_project) {
-  at::Tensor packed;
+  PackedWeights packed;
   with_storage_type(dtype, "input", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::forward(s);
-    packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    packed.data = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), out_panels(s.out_channels);
-    Tasks expand, project;
     if (weights.expand.has_value()) {
       const int64_t depth = packed_depth<Dot>(s.in_channels);
-      expand = pack_forward<Dot, T>(*weights.expand, depth, panels, 0, panels.count, layout.into(packed));
+      packed.packing.push_back(
+          pack_forward<Dot, T>(*weights.expand, depth, panels, 0, panels.count, layout.into(packed.data)));
     }
+    packed.packing.push_back(depthwise_packing<T>(weights.depthwise, layout.depthwise(packed.data)));
     if (with_project) {
-      project =
-          pack_forward<Dot, T>(weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed));
+      packed.packing.push_back(pack_forward<Dot, T>(
+          weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed.data)));
     }
-    parallel_tasks({
-        expand,
-        {1, [&](int64_t) { pack_depthwise<T>(weights.depthwise, layout.depthwise(packed)); }},
-        project,
-    });
   });
   return packed;
 }
 
-at::Tensor pack_block_backward(
+PackedWeights pack_block_backward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input) {
-  at::Tensor packed;
+  PackedWeights packed;
   with_storage_type(dtype, "grad_output", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
-    packed = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
+    packed.data = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     const Panels panels(s.expanded), in_panels(s.in_channels);
-    Tasks expand;
-    if (weights.expand.has_value() && need_input) {
-      expand = pack_backward<Dot, T>(
-          *weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed));
-    }
     const int64_t depth = packed_depth<Dot>(s.out_channels);
-    parallel_tasks({
-        pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed)),
-        {1, [&](int64_t) { pack_depthwise<T>(weights.depthwise, layout.depthwise(packed)); }},
-        expand,
-    });
+    packed.packing.push_back(
+        pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed.data)));
+    packed.packing.push_back(depthwise_packing<T>(weights.depthwise, layout.depthwise(packed.data)));
+    if (weights.expand.has_value() && need_input) {
+      packed.packing.push_back(pack_backward<Dot, T>(
+          *weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed.data)));
+    }
   });
   return packed;
 }

@@ -37,6 +37,22 @@ struct BlockShape {
   int64_t taps() const {
     return kernel_height * kernel_width;
   }
+  bool masks() const { // whether an activation blocks anything
+    return activation != Activation::none;
+  }
+  bool masks_expand() const {
+    return masks() && has_expand;
+  }
+  int64_t masks_size() const { // bytes of both
+    const int64_t pixels = (masks_expand() ? height * width : 0) + (masks() ? out_height * out_width : 0);
+    return batch * pixels * mask_bytes(expanded);
+  }
+  int64_t input_elements() const { // of an image
+    return height * width * in_channels;
+  }
+  int64_t output_elements() const {
+    return out_height * out_width * out_channels;
+  }
   Window window() const {
     return {kernel_height, kernel_width, stride, stride, 1, 1, pad_top, pad_left};
   }
@@ -216,12 +232,40 @@ struct BlockWeights {
       const OptionalTensor& project_scale);
 };
 
-// Packed weights of one direction for activations of `dtype`, laid out as BlockPack says. The projection only where
-// `with_project`.
-at::Tensor pack_block_forward(
+// One bit an expanded value, twice: what a block's forward leaves its backward. Empty where there is nothing to know.
+struct BlockMasks {
+  at::Tensor expand, depthwise;
+
+  BlockMasks(at::Tensor expand, at::Tensor depthwise) : expand(std::move(expand)), depthwise(std::move(depthwise)) {}
+  // Fresh ones beside `x`, if `wanted`.
+  BlockMasks(const BlockShape& s, const at::Tensor& x, bool wanted)
+      : expand(empty_mask(x, wanted && s.masks_expand(), s.batch, s.height, s.width, s.expanded)),
+        depthwise(empty_mask(x, wanted && s.masks(), s.batch, s.out_height, s.out_width, s.expanded)) {}
+  // Where a forward writes them; null where it does not.
+  static uint8_t* bytes(const at::Tensor& mask) {
+    return mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  }
+  // Where a backward reads them, checked; null where everything passes.
+  const uint8_t* checked_expand(const BlockShape& s) const {
+    return checked_mask(expand, "mask_expand", s.masks_expand(), s.batch, s.height, s.width, s.expanded);
+  }
+  const uint8_t* checked_depthwise(const BlockShape& s) const {
+    return checked_mask(depthwise, "mask_depthwise", s.masks(), s.batch, s.out_height, s.out_width, s.expanded);
+  }
+};
+
+// Packed weights of one direction, laid out as BlockPack says: once `packing` is done, for which the weights that they
+// are made of must still be there.
+struct PackedWeights {
+  at::Tensor data;
+  std::vector<Tasks> packing;
+};
+
+// For activations of `dtype`. The projection only where `with_project`.
+PackedWeights pack_block_forward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool with_project = true);
 // The expansion only where the input's gradient is wanted: nothing else multiplies by it.
-at::Tensor pack_block_backward(
+PackedWeights pack_block_backward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(

@@ -123,12 +123,13 @@ void BlockBackward<T>::expand_rows(
     int64_t row_pixels,
     Segment<Element>* segments) const {
   const int64_t pixels = (end - begin) * s.width;
-  const int64_t first = (image * s.height + begin) * s.width * s.in_channels;
+  const int64_t first = begin * s.width * s.in_channels;
   const int64_t* offsets = grad_pooled != nullptr ? pooled_offsets(image, begin, end) : nullptr;
   const auto epilogue_at = [&](int64_t channel) {
-    AddToTensor<T> epilogue{grad_input + first + channel, s.in_channels, s.in_channels - channel};
+    AddToTensor<T> epilogue{
+        grad_input + image * grad_input_image + first + channel, s.in_channels, s.in_channels - channel};
     if (s.residual) {
-      epilogue.addend = grad_output + first + channel;
+      epilogue.addend = grad_output + image * grad_output_image + first + channel;
     }
     if (grad_pooled != nullptr) {
       epilogue.pooled = grad_pooled + channel;
@@ -164,7 +165,7 @@ void BlockBackward<T>::expand_rows(
 
 template <class T>
 void BlockBackward<T>::sum_output_rows(int64_t image, int64_t begin, int64_t end, float* sums) const {
-  const T* source = grad_output + (image * s.out_height + begin) * s.out_width * s.out_channels;
+  const T* source = grad_output + image * grad_output_image + begin * s.out_width * s.out_channels;
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t c = 0; c < s.out_channels; c += kLanes) {
       const int64_t count = std::min<int64_t>(s.out_channels - c, kLanes);
@@ -201,7 +202,7 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
   const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
     const int64_t* offsets = ring_offsets(from, to, s.out_width, walk);
     const auto operand = operand_rows<Dot>(
-        grad_output + (image * s.out_height + from) * s.out_width * s.out_channels,
+        grad_output + image * grad_output_image + from * s.out_width * s.out_channels,
         (to - from) * s.out_width,
         s.out_channels,
         s.out_channels);
@@ -253,14 +254,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
       input_size, expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
   const BlockWeights stored(
       expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
+  const BlockMasks masks(mask_expand, mask_depthwise);
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   check_size(
       grad_output, "grad_output", {s.batch, s.out_channels, s.out_height, s.out_width}, grad_output.scalar_type());
-  const bool masked = s.activation != Activation::none;
-  const uint8_t* expand_bits =
-      checked_mask(mask_expand, "mask_expand", masked && s.has_expand, s.batch, s.height, s.width, s.expanded);
-  const uint8_t* depthwise_bits =
-      checked_mask(mask_depthwise, "mask_depthwise", masked, s.batch, s.out_height, s.out_width, s.expanded);
   const at::Tensor grad = in_channels_last(grad_output);
   at::Tensor pooled;
   if (need_input && grad_pooled.has_value() && grad_pooled->defined()) {
@@ -271,31 +268,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
   at::Tensor grad_input =
       need_input ? empty_tensor(input_size, grad.options(), nhwc) : empty_tensor({0}, grad.options());
   const Bands bands = input_bands(s);
-  const Panels panels(s.expanded);
-  at::Tensor partial = zero_tensor(
-      {bands.tasks(), 2 * panels.padded() + padded_channels(s.out_channels)}, grad.options().dtype(at::kFloat));
+  BiasGradients biases;
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    const auto layout = BlockPack<Dot>::backward(s);
-    const at::Tensor weights = pack_block_backward(s, stored, grad.scalar_type(), need_input);
-    const BlockBackward<T> backward{
+    const PackedWeights packed = pack_block_backward(s, stored, grad.scalar_type(), need_input);
+    parallel_tasks(packed.packing);
+    BlockBackward<T> backward = block_backward<T>(
         s,
-        panels,
-        Panels(s.in_channels),
         grad.data_ptr<T>(),
-        expand_bits,
-        depthwise_bits,
-        layout.into(weights),
-        layout.depthwise(weights),
-        layout.out(weights),
-        pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr,
+        packed.data,
         need_input ? grad_input.data_ptr<T>() : nullptr,
-        need_expand_bias,
-        need_depthwise_bias,
-        need_project_bias};
-    float* partials = partial.data_ptr<float>();
+        {need_expand_bias, need_depthwise_bias, need_project_bias});
+    backward.mask_expand = masks.checked_expand(s);
+    backward.mask_depthwise = masks.checked_depthwise(s);
+    backward.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+    const at::Tensor partial = backward.partial(bands.tasks());
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;
       backward.task(
@@ -304,14 +292,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
           bands.begin(band + 1),
           first_owned_output(s, bands, band),
           first_owned_output(s, bands, band + 1),
-          partials + t * partial.size(1));
+          partial.data_ptr<float>() + t * partial.size(1));
     });
+    biases = backward.bias_gradients(partial);
   });
-  return {
-      grad_input,
-      reduce_partial(partial, panels.padded(), s.expanded, need_expand_bias && s.has_expand),
-      reduce_partial(partial, 0, s.expanded, need_depthwise_bias),
-      reduce_partial(partial, 2 * panels.padded(), s.out_channels, need_project_bias)};
+  return {grad_input, biases[0], biases[1], biases[2]};
 }
 
 } // namespace tinytl::cpu

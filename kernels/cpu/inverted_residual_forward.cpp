@@ -61,7 +61,7 @@ void BlockForward<T>::expand_rows(
     Segment<Element>* segments) const {
   const int64_t start = panels.start(panel);
   if (!s.has_expand) {
-    const T* source = x + (image * s.height + begin) * s.width * s.in_channels + start;
+    const T* source = x + image * x_image + begin * s.width * s.in_channels + start;
     const int64_t width = panels.width(panel);
     const int64_t whole = std::min(s.in_channels - start, width) / kLanes * kLanes;
     for (int64_t m = 0; m < (end - begin) * s.width; ++m, source += s.in_channels) {
@@ -151,12 +151,12 @@ void BlockForward<T>::project_rows(
     const int64_t width = panels.width(p), depth = std::min(width, packed_depth<Dot>(s.expanded - panels.start(p)));
     segments[p] = {rows + panels.start(p) * row_pixels + first * width, width, depth};
   }
-  const int64_t origin = (image * s.out_height + begin) * s.out_width * s.out_channels;
+  const int64_t origin = begin * s.out_width * s.out_channels;
   for (int64_t q = 0; q < out_panels.count; ++q) {
     const int64_t start = out_panels.start(q);
-    AddToTensor<T> epilogue{out + origin + start, s.out_channels, s.out_channels - start};
+    AddToTensor<T> epilogue{out + image * out_image + origin + start, s.out_channels, s.out_channels - start};
     if (s.residual) {
-      epilogue.addend = x + origin + start;
+      epilogue.addend = x + image * x_image + origin + start;
     }
     gemm_panel<Dot>(
         out_panels.groups(q),
@@ -177,7 +177,7 @@ void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t ow
   std::vector<TapRun> runs(s.taps());
   std::vector<Segment<Element>> segments(std::max(panels.count, stem != nullptr ? stem->segments() : 0));
   const PanelRings rings(ring_data, panels, walk, s.width);
-  const T* image_rows = x + image * s.height * s.width * s.in_channels;
+  const T* image_rows = x + image * x_image;
 
   const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
     const int64_t* offsets = ring_offsets(from, to, s.width, walk);
@@ -215,7 +215,7 @@ template struct BlockForward<c10::Half>;
 namespace {
 
 // Both kinds of block. x: channels_last; what s.in_channels counts are its channels, or the terms of a stem.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> any_block_forward(
     const BlockShape& s,
     const BlockWeights& stored,
     const at::Tensor& x,
@@ -228,42 +228,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
   const auto options = x.options();
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   at::Tensor out = empty_tensor({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
-  const bool masks = needs_mask && s.activation != Activation::none;
-  at::Tensor mask_expand = empty_mask(x, masks && s.has_expand, s.batch, s.height, s.width, s.expanded);
-  at::Tensor mask_depthwise = empty_mask(x, masks, s.batch, s.out_height, s.out_width, s.expanded);
+  const BlockMasks masks(s, x, needs_mask);
   at::Tensor pooled = want_pooled ? empty_tensor({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
                                   : empty_tensor({0}, options);
   const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
   const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
   const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
-  const auto values = [](const at::Tensor& bias) { return bias.defined() ? bias.data_ptr<float>() : nullptr; };
-  const auto bytes = [](const at::Tensor& t) { return t.numel() > 0 ? t.data_ptr<uint8_t>() : nullptr; };
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    const auto layout = BlockPack<Dot>::forward(s);
-    const at::Tensor weights = pack_block_forward(s, stored, x.scalar_type());
+    const PackedWeights packed = pack_block_forward(s, stored, x.scalar_type());
+    parallel_tasks(packed.packing);
+    BlockForward<T> forward =
+        block_forward<T>(s, x.data_ptr<T>(), packed.data, bias1, bias2, bias3, out.data_ptr<T>());
+    forward.mask_expand = masks.bytes(masks.expand);
+    forward.mask_depthwise = masks.bytes(masks.depthwise);
+    forward.pooled = pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
     std::optional<Stem<T>> stem;
     if (stem_shape != nullptr) {
-      stem.emplace(*stem_shape, x.data_ptr<T>());
+      forward.stem = &stem.emplace(*stem_shape, x.data_ptr<T>());
     }
-    const BlockForward<T> forward{
-        s,
-        Panels(s.expanded),
-        Panels(s.out_channels),
-        x.data_ptr<T>(),
-        layout.into(weights),
-        layout.depthwise(weights),
-        layout.out(weights),
-        values(bias1),
-        values(bias2),
-        values(bias3),
-        out.data_ptr<T>(),
-        bytes(mask_expand),
-        bytes(mask_depthwise),
-        pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr,
-        stem.has_value() ? &*stem : nullptr};
     const Bands bands = output_bands(s);
     parallel_tasks(bands.tasks(), [&](int64_t t) {
       const int64_t band = t % bands.per_image;
@@ -275,7 +259,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> block_forward(
           first_owned_input(s, bands, band + 1));
     });
   });
-  return {out, mask_expand, mask_depthwise, pooled};
+  return {out, masks.expand, masks.depthwise, pooled};
 }
 
 } // namespace
@@ -301,7 +285,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
       x.sizes(), expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
   const BlockWeights stored(
       expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-  return block_forward(
+  return any_block_forward(
       s,
       stored,
       in_channels_last(x),
@@ -345,7 +329,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward(
       activation,
       false);
   const BlockWeights stored(matrix, stem_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-  auto [out, mask_stem, mask_depthwise, _] = block_forward(
+  auto [out, mask_stem, mask_depthwise, _] = any_block_forward(
       s,
       stored,
       in_channels_last(image),

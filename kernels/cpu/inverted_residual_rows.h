@@ -6,6 +6,7 @@
 #include "inverted_residual.h"
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -35,6 +36,8 @@ struct BlockForward {
   uint8_t *mask_expand, *mask_depthwise; // null: not wanted
   T* pooled; // null: not wanted
   const Stem<T>* stem; // null: the expansion is 1x1
+  // Elements from image to image, where they lie further apart than they are large.
+  int64_t x_image = s.input_elements(), out_image = s.output_elements();
   ColumnRuns columns = forward_columns(s.window());
 
   // How a task goes down that many output rows, and the rows of h1 that some of them read.
@@ -71,7 +74,13 @@ struct BlockForward {
       int64_t first = 0) const;
   // Output rows [begin, end) of an image. Input rows [own_begin, own_end) are this task's to mask and to pool.
   void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end) const;
+  void task(int64_t image) const { // all of it
+    task(image, 0, s.out_height, 0, s.height);
+  }
 };
+
+// Of expand, depthwise and project; empty where they are not wanted.
+using BiasGradients = std::array<at::Tensor, 3>;
 
 template <class T>
 struct BlockBackward {
@@ -89,6 +98,7 @@ struct BlockBackward {
   const T* grad_pooled; // null: none
   T* grad_input; // null: not wanted
   bool need_expand_bias, need_depthwise_bias, need_project_bias;
+  int64_t grad_output_image = s.output_elements(), grad_input_image = s.input_elements(); // as x_image
   std::vector<ColumnRuns> columns = transposed_phases(s.window(), s.width); // of each stride phase
 
   bool needs_g1() const {
@@ -142,7 +152,78 @@ struct BlockBackward {
   // Input rows [begin, end) of an image. Output rows [own_begin, own_end) are this task's to sum. partial: zeros on
   // entry; bias gradients of the expanded channels (depthwise, expand), then of the output channels.
   void task(int64_t image, int64_t begin, int64_t end, int64_t own_begin, int64_t own_end, float* partial) const;
+  void task(int64_t image, float* partial) const { // all of it
+    task(image, 0, s.height, 0, s.out_height, partial);
+  }
+
+  // `partial` of so many tasks, (tasks, sums).
+  at::Tensor partial(int64_t tasks) const {
+    return zero_tensor({tasks, 2 * panels.padded() + padded_channels(s.out_channels)}, at::kFloat);
+  }
+  BiasGradients bias_gradients(const at::Tensor& partial) const {
+    return {
+        reduce_partial(partial, panels.padded(), s.expanded, need_expand_bias && s.has_expand),
+        reduce_partial(partial, 0, s.expanded, need_depthwise_bias),
+        reduce_partial(partial, 2 * panels.padded(), s.out_channels, need_project_bias)};
+  }
 };
+
+// A block's forward without masks and without a pooled image. x: channels_last; weights, biases: packed and padded;
+// out: null where nothing is projected.
+template <class T>
+BlockForward<T> block_forward(
+    const BlockShape& s,
+    const T* x,
+    const at::Tensor& weights,
+    const at::Tensor& expand_bias,
+    const at::Tensor& depthwise_bias,
+    const at::Tensor& project_bias,
+    T* out) {
+  const auto layout = BlockPack<typename DotFor<T>::type>::forward(s);
+  const auto values = [](const at::Tensor& bias) { return bias.defined() ? bias.data_ptr<float>() : nullptr; };
+  return {
+      s,
+      Panels(s.expanded),
+      Panels(s.out_channels),
+      x,
+      layout.into(weights),
+      layout.depthwise(weights),
+      layout.out(weights),
+      values(expand_bias),
+      values(depthwise_bias),
+      values(project_bias),
+      out,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr};
+}
+
+// Its backward, of everything that passed. need_biases: expand, depthwise, project.
+template <class T>
+BlockBackward<T> block_backward(
+    const BlockShape& s,
+    const T* grad_output,
+    const at::Tensor& weights,
+    T* grad_input,
+    const std::array<bool, 3>& need_biases) {
+  const auto layout = BlockPack<typename DotFor<T>::type>::backward(s);
+  return {
+      s,
+      Panels(s.expanded),
+      Panels(s.in_channels),
+      grad_output,
+      nullptr,
+      nullptr,
+      layout.into(weights),
+      layout.depthwise(weights),
+      layout.out(weights),
+      nullptr,
+      grad_input,
+      need_biases[0],
+      need_biases[1],
+      need_biases[2]};
+}
 
 // Bands of rows of h2, and of rows of h1 in backward.
 inline Bands output_bands(const BlockShape& s) {

@@ -157,7 +157,7 @@ struct Backward {
   void project_rows(
       int64_t image, int64_t begin, int64_t end, const Element* z2, int64_t row_pixels, float* task_sums) const {
     const auto operand = operand_rows<Dot>(
-        block.grad_output + (image * s.out_height + begin) * s.out_width * s.out_channels,
+        block.grad_output + image * block.grad_output_image + begin * s.out_width * s.out_channels,
         (end - begin) * s.out_width, s.out_channels, s.out_channels);
     const int64_t* offsets = ring_offsets(begin, end, s.out_width, layout.g2);
     float *g2 = buffer_of(image), *slopes2 = gate.has_value() ? g2 + layout.slopes2 : nullptr;
@@ -301,30 +301,22 @@ MbconvGradients mbconv_backward(
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
     const BlockWeights stored = block_weights(layers);
-    const at::Tensor weights = pack_block_backward(s, stored, x.scalar_type(), needs.input);
-    const auto packed = BlockPack<Dot>::backward(s);
-    const BlockBackward<T> block{
+    const PackedWeights packed = pack_block_backward(s, stored, x.scalar_type(), needs.input);
+    parallel_tasks(packed.packing);
+    const BlockBackward<T> block = block_backward<T>(
         s,
-        Panels(s.expanded),
-        Panels(s.in_channels),
         grad.data_ptr<T>(),
-        nullptr,
-        nullptr,
-        packed.into(weights),
-        packed.depthwise(weights),
-        packed.out(weights),
-        nullptr,
+        packed.data,
         needs.input ? gradients.input.data_ptr<T>() : nullptr,
-        needs.biases[kExpand],
-        needs.biases[kDepthwise],
-        needs.biases[kProject]};
-    at::Tensor again_weights;
+        {needs.biases[kExpand], needs.biases[kDepthwise], needs.biases[kProject]});
+    PackedWeights packed_again;
     std::optional<BlockForward<T>> again;
     if (block.needs_g2() || (gate.has_value() && (needs.biases[kReduce] || needs.biases[kRestore]))) {
-      again_weights = pack_block_forward(s, stored, x.scalar_type(), false);
-      again.emplace(block_forward<T>(s, x.data_ptr<T>(), again_weights, biases, nullptr));
+      packed_again = pack_block_forward(s, stored, x.scalar_type(), false);
+      parallel_tasks(packed_again.packing);
+      again.emplace(block_forward<T>(
+          s, x.data_ptr<T>(), packed_again.data, biases[kExpand], biases[kDepthwise], biases[kProject], nullptr));
     }
 
     ImageBuffer layout{block.walk(s.height), 0, 0, 0};
@@ -339,7 +331,7 @@ MbconvGradients mbconv_backward(
         block,
         again,
         gate,
-        passes_of<typename Dot::Element>(options.activation),
+        passes_of<typename DotFor<T>::type::Element>(options.activation),
         schedule,
         out_bands,
         in_bands,

@@ -37,10 +37,12 @@ at::Tensor mbconv_forward(const at::Tensor& input, const MbconvLayers& layers, c
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
-    using Dot = typename DotFor<T>::type;
-    using Element = typename Dot::Element;
-    const at::Tensor weights = pack_block_forward(s, block_weights(layers), x.scalar_type());
-    const BlockForward<T> block = block_forward<T>(s, x.data_ptr<T>(), weights, biases, out.data_ptr<T>());
+    using Element = typename DotFor<T>::type::Element;
+    const BlockWeights stored = block_weights(layers);
+    const PackedWeights packed = pack_block_forward(s, stored, x.scalar_type());
+    parallel_tasks(packed.packing);
+    const BlockForward<T> block = block_forward<T>(
+        s, x.data_ptr<T>(), packed.data, biases[kExpand], biases[kDepthwise], biases[kProject], out.data_ptr<T>());
     const Passes<Element> passes = passes_of<Element>(options.activation);
     const Schedule schedule(s.batch, bands);
     const int64_t per_image = schedule.by_image ? 1 : bands.per_image;

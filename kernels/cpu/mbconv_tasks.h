@@ -25,36 +25,6 @@ std::array<at::Tensor, kBlockLayers> padded_biases(const BlockShape& s, const Mb
 std::optional<SqueezeExcite> squeeze_excite(
     const BlockShape& s, const MbconvLayers& layers, const MbconvOptions& options, at::ScalarType dtype);
 
-// The rows of its convolutions. x: channels_last; out: null where nothing is projected.
-template <class T>
-BlockForward<T> block_forward(
-    const BlockShape& s,
-    const T* x,
-    const at::Tensor& weights,
-    const std::array<at::Tensor, kBlockLayers>& biases,
-    T* out) {
-  const auto layout = BlockPack<typename DotFor<T>::type>::forward(s);
-  const auto values = [&](BlockLayer layer) {
-    return biases[layer].defined() ? biases[layer].data_ptr<float>() : nullptr;
-  };
-  return {
-      s,
-      Panels(s.expanded),
-      Panels(s.out_channels),
-      x,
-      layout.into(weights),
-      layout.depthwise(weights),
-      layout.out(weights),
-      values(kExpand),
-      values(kDepthwise),
-      values(kProject),
-      out,
-      nullptr,
-      nullptr,
-      nullptr,
-      nullptr};
-}
-
 // Passes over rows that have just been computed and are in cache.
 template <class Element>
 struct Passes {
@@ -188,7 +158,7 @@ void advance_rows(
   Segment<typename Dot::Element> operand{};
   if (s.has_expand) {
     operand = operand_rows<Dot>(
-        block.x + (image * s.height + from) * s.width * s.in_channels, (to - from) * s.width, s.in_channels,
+        block.x + image * block.x_image + from * s.width * s.in_channels, (to - from) * s.width, s.in_channels,
         s.in_channels);
   }
   for (int64_t p = 0; p < block.panels.count; ++p) {

@@ -15,7 +15,8 @@
 #include <array>
 #include <atomic>
 #include <functional>
-#include <initializer_list>
+#include <thread>
+#include <vector>
 
 namespace tinytl::cpu {
 
@@ -56,7 +57,7 @@ struct Tasks {
 };
 
 // All of it, whatever comes first: threads wait for each other once.
-inline void parallel_tasks(std::initializer_list<Tasks> lists) {
+inline void parallel_tasks(const std::vector<Tasks>& lists) {
   int64_t count = 0;
   for (const Tasks& list : lists) {
     count += list.count;
@@ -67,6 +68,65 @@ inline void parallel_tasks(std::initializer_list<Tasks> lists) {
         return list.run(task);
       }
       task -= list.count;
+    }
+  });
+}
+
+// Calls body(stage, item) for stages [0, stages) of each of `items` items: those of one item in order, and nobody waits
+// until a stage is complete. A thread goes through the stages with its own share of the items, the furthest behind
+// first, so that what a stage reads (its weights) is read for all of them while it is in cache; then it helps with the
+// others'.
+template <class Body>
+void parallel_stages(int64_t items, int64_t stages, const Body& body) {
+  struct alignas(64) Item {
+    std::atomic<int64_t> next{0}; // stage
+    std::atomic<bool> taken{false};
+  };
+  std::vector<Item> all(items);
+  std::atomic<int64_t> left{stages > 0 ? items : 0};
+  std::atomic<bool> failed{false};
+  // The item of [begin, end) that is furthest behind, taken for the caller; `end` where all are taken or done.
+  const auto take = [&](int64_t begin, int64_t end) {
+    for (;;) {
+      int64_t found = end, least = stages;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t stage = all[i].next.load(std::memory_order_relaxed);
+        if (stage < least && !all[i].taken.load(std::memory_order_relaxed)) {
+          found = i, least = stage;
+        }
+      }
+      if (found == end || !all[found].taken.exchange(true, std::memory_order_acquire)) {
+        return found;
+      }
+    }
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    const int64_t own = items * thread / threads, own_end = items * (thread + 1) / threads;
+    while (left.load(std::memory_order_acquire) > 0 && !failed.load(std::memory_order_relaxed)) {
+      int64_t i = take(own, own_end);
+      if (i == own_end) {
+        i = take(0, items);
+        if (i == items) {
+          std::this_thread::yield();
+          continue;
+        }
+      }
+      Item& item = all[i];
+      const int64_t stage = item.next.load(std::memory_order_relaxed);
+      if (stage < stages) { // else the thread that had it has just done its last one
+        try {
+          body(stage, i);
+        } catch (...) {
+          failed.store(true, std::memory_order_relaxed);
+          throw;
+        }
+        item.next.store(stage + 1, std::memory_order_relaxed);
+        if (stage + 1 == stages) {
+          left.fetch_sub(1, std::memory_order_release);
+        }
+      }
+      item.taken.store(false, std::memory_order_release);
     }
   });
 }

@@ -55,18 +55,15 @@ struct Strides {
 
 namespace detail {
 
-// tile[m][n] = or += the product; tile rows are VECS vectors wide.
-template <int ROWS, int VECS>
+// tile[m][n] = or += the product; tile rows are VECS vectors wide, the last of them half computed if HALF.
+template <int ROWS, int VECS, bool HALF>
 void strided_tile(
     const Run* runs, int64_t num_runs, int64_t shift, const Strides& strides, bool accumulate, float* tile) {
+  constexpr int WHOLE = VECS - (HALF ? 1 : 0);
   Vec sum[ROWS][VECS];
-  TINYTL_UNROLL
-  for (int m = 0; m < ROWS; ++m) {
-    TINYTL_UNROLL
-    for (int v = 0; v < VECS; ++v) {
-      sum[m][v] = Vec(0.f);
-    }
-  }
+  HalfVec half[ROWS];
+  const auto each = [&](const auto& body) TINYTL_LAMBDA_INLINE { each_sum<HALF>(sum, half, body); };
+  each([](auto& value, int) TINYTL_LAMBDA_INLINE { set_zero(value); });
   const int64_t row = strides.row, a_step = strides.a_step, b_step = strides.b_step;
   for (const Run* run = runs; run < runs + num_runs; ++run) {
     const float* upper = run->a + shift;
@@ -75,15 +72,22 @@ void strided_tile(
     for (int64_t k = 0; k < run->depth; ++k) {
       Vec values[VECS];
       TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
+      for (int v = 0; v < WHOLE; ++v) {
         values[v] = load_once(b + v * kLanes);
+      }
+      [[maybe_unused]] HalfVec half_value;
+      if constexpr (HALF) {
+        load_into(half_value, b + WHOLE * kLanes);
       }
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
         const Vec value(m < 8 ? upper[m * row] : lower[(m - 8) * row]);
         TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
+        for (int v = 0; v < WHOLE; ++v) {
           sum[m][v] = at::vec::fmadd(value, values[v], sum[m][v]);
+        }
+        if constexpr (HALF) {
+          half[m] = fmadd(lower_half(value), half_value, half[m]);
         }
       }
       upper += a_step;
@@ -91,46 +95,48 @@ void strided_tile(
       b += b_step;
     }
   }
-  TINYTL_UNROLL
-  for (int m = 0; m < ROWS; ++m) {
-    TINYTL_UNROLL
-    for (int v = 0; v < VECS; ++v) {
-      float* target = tile + (m * VECS + v) * kLanes;
-      (accumulate ? Vec::loadu(target) + sum[m][v] : sum[m][v]).store(target);
-    }
+  if (accumulate) {
+    each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { add_into(value, tile + at); });
   }
+  each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { store_from(value, tile + at); });
 }
 
 using TileFunction = void (*)(const Run*, int64_t, int64_t, const Strides&, bool, float*);
 
-template <int VECS, size_t... I>
+template <int VECS, bool HALF, size_t... I>
 constexpr std::array<TileFunction, 16> tiles_of(std::index_sequence<I...>) {
-  return {strided_tile<static_cast<int>(I) + 1, VECS>...};
+  return {strided_tile<static_cast<int>(I) + 1, VECS, HALF>...};
 }
 
-template <size_t... V>
+template <bool HALF, size_t... V>
 constexpr std::array<std::array<TileFunction, 16>, kTileVecs> all_tiles(std::index_sequence<V...>) {
-  return {tiles_of<static_cast<int>(V) + 1>(std::make_index_sequence<max_tile_rows(static_cast<int>(V) + 1)>())...};
+  return {tiles_of<static_cast<int>(V) + 1, HALF>(
+      std::make_index_sequence<max_tile_rows(static_cast<int>(V) + 1)>())...};
 }
 
-inline constexpr auto kTiles = all_tiles(std::make_index_sequence<kTileVecs>());
+// Of whole vectors, and with half a last one.
+inline constexpr std::array kTiles{
+    all_tiles<false>(std::make_index_sequence<kTileVecs>()), all_tiles<kHalves>(std::make_index_sequence<kTileVecs>())};
 
 } // namespace detail
 
-// tile = the product over all runs, or tile += it. rows <= max_tile_rows(vecs); tile rows are vecs * kLanes floats.
+// tile = the product over all runs, or tile += it. rows <= max_tile_rows(vecs); tile rows are vecs * kLanes floats, of
+// which the first `columns` are wanted.
 // Chains of additions end at a run's end after kChainTerms terms: rounding errors grow with their length.
 constexpr int64_t kChainTerms = 96;
 
 inline void strided_gemm(
     int rows,
     int vecs,
+    int64_t columns,
     const Run* runs,
     int64_t num_runs,
     int64_t shift,
     const Strides& strides,
     bool accumulate,
     float* tile) {
-  const auto function = detail::kTiles[vecs - 1][rows - 1];
+  const bool half = kHalves && columns <= vecs * kLanes - kLanes / 2;
+  const auto function = detail::kTiles[half][vecs - 1][rows - 1];
   int64_t begin = 0;
   do { // once for no run at all: the tile is zeros then
     int64_t end = begin, terms = 0;

@@ -65,6 +65,7 @@ std::pair<int64_t, int64_t> inside(int64_t k, int64_t length, int64_t positions,
 struct Line {
   int64_t rows, batch;
   int vecs;
+  int64_t valid; // columns of the panel
   Strides strides;
   int64_t terms; // of a tap
   c10::SmallVector<WindowRow, kUsualTaps> window;
@@ -91,7 +92,7 @@ struct Line {
         }
       }
       reach(position, height);
-      strided_gemm(height, vecs, runs.data(), count, row * strides.row, strides, false, tile);
+      strided_gemm(height, vecs, valid, runs.data(), count, row * strides.row, strides, false, tile);
       store(tile, row, height);
       position.advance(height);
     });
@@ -210,7 +211,7 @@ void TrainedPointwise::rows(const float* x, int64_t count, float* y) const {
     const Run run{x, weight_.panel(0, p), in_channels_};
     const Strides strides{in_channels_, 1, vecs * kLanes};
     for_row_tiles(count, 1, vecs, [&](int64_t row, int rows) {
-      strided_gemm(rows, vecs, &run, 1, row * in_channels_, strides, false, tile);
+      strided_gemm(rows, vecs, valid, &run, 1, row * in_channels_, strides, false, tile);
       store_tile(tile, rows, vecs, valid, y + row * out_channels_ + start, out_channels_);
     });
   }
@@ -251,7 +252,7 @@ Tasks trained_conv_forward(const TrainedConv& conv, const float* padded, const P
     const int64_t group = unit.group, panel = unit.panel, oy = unit.row;
     const int vecs = panels.width_vecs(panel);
     const int64_t valid = panels.valid(panel), tap_elements = weight.terms * vecs * kLanes;
-    Line line{rows, conv.batch, vecs, {conv.in_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
+    Line line{rows, conv.batch, vecs, valid, {conv.in_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
     for (int64_t k = 0; k < conv.kernel; ++k) {
       const int64_t column = k % conv.stride * phase_line + k / conv.stride * conv.batch;
       line.columns.push_back({column * conv.in_channels, k * tap_elements});
@@ -291,7 +292,8 @@ Tasks trained_conv_backward_input(const TrainedConv& conv, const float* grad, co
     for (int64_t q = 0; q < conv.stride; ++q) {
       const int64_t v0 = ceil_div(conv.padding - q, conv.stride);
       const int64_t v1 = floor_div(conv.width - 1 + conv.padding - q, conv.stride) + 1;
-      Line line{(v1 - v0) * conv.batch, conv.batch, vecs, {conv.out_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
+      Line line{
+          (v1 - v0) * conv.batch, conv.batch, vecs, valid, {conv.out_channels, 1, vecs * kLanes}, weight.terms, {}, {}};
       for (int64_t k = q, j = 0; k < conv.kernel; k += conv.stride, ++j) {
         line.columns.push_back({-j * conv.batch * conv.out_channels, k * tap_elements});
       }
@@ -413,7 +415,7 @@ Tasks trained_conv_backward_weight(
           }
           if (count > 0 || c == 0) {
             const int rows = static_cast<int>(row_of[t + 1] - row_of[t]);
-            strided_gemm(rows, vecs, runs.data(), count, row_of[t], strides, c > 0, sum);
+            strided_gemm(rows, vecs, valid, runs.data(), count, row_of[t], strides, c > 0, sum);
           }
         });
       }

@@ -1,0 +1,239 @@
+// See inverted_residual_chain.h.
+#include "inverted_residual_chain.h"
+
+#include "inverted_residual_rows.h"
+#include "parallel.h"
+
+#include <algorithm>
+
+namespace tinytl::cpu {
+namespace {
+
+// Packed weights of all blocks, in one pass.
+template <class Pack>
+std::vector<PackedWeights> pack_all(size_t count, const Pack& pack) {
+  std::vector<PackedWeights> packed;
+  std::vector<Tasks> packing;
+  for (size_t k = 0; k < count; ++k) {
+    packed.push_back(pack(k));
+    packing.insert(packing.end(), packed.back().packing.begin(), packed.back().packing.end());
+  }
+  parallel_tasks(packing);
+  return packed;
+}
+
+std::vector<BlockWeights> stored_weights(const std::vector<ChainedBlock>& blocks) {
+  std::vector<BlockWeights> stored;
+  for (const ChainedBlock& block : blocks) {
+    stored.push_back(block.stored());
+  }
+  return stored;
+}
+
+// What one block after the other makes and the next one reads, between a first and a last tensor: two buffers in turn.
+// An image is at another block than its neighbour, so that each has a place in them that is large enough for all.
+class Between {
+ public:
+  // elements: of an image of each tensor.
+  Between(int64_t images, const std::vector<int64_t>& elements, const at::TensorOptions& options) {
+    for (size_t i = 0; i < elements.size(); ++i) {
+      image_[i % 2] = std::max(image_[i % 2], elements[i]);
+    }
+    for (int side = 0; side < 2; ++side) {
+      buffers_[side] = empty_tensor({images, image_[side]}, options);
+    }
+  }
+  template <class T>
+  T* data(size_t i) const {
+    return buffers_[i % 2].data_ptr<T>();
+  }
+  int64_t image(size_t i) const { // elements from image to image
+    return image_[i % 2];
+  }
+
+ private:
+  std::array<int64_t, 2> image_{};
+  std::array<at::Tensor, 2> buffers_;
+};
+
+// Bytes that blocks [first, last] need at once, beside the masks of the blocks before them: in backward, and in forward
+// if that is not less.
+int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, size_t last, at::ScalarType dtype) {
+  const int64_t element = static_cast<int64_t>(c10::elementSize(dtype));
+  const auto images = [&](int64_t elements) { return blocks[first].shape.batch * elements * element; };
+  int64_t bytes = images(blocks[first].shape.input_elements()) + images(blocks[last].shape.output_elements());
+  std::array<int64_t, 2> between{};
+  for (size_t k = first; k <= last; ++k) {
+    const BlockShape& s = blocks[k].shape;
+    if (k < last) {
+      between[k % 2] = std::max(between[k % 2], images(s.output_elements()));
+    }
+    if (blocks[k].needs_masks) {
+      bytes += s.masks_size();
+    }
+    with_storage_type(dtype, "input", [&](auto zero) {
+      bytes += BlockPack<typename DotFor<decltype(zero)>::type>::forward(s).bytes();
+    });
+  }
+  return bytes + between[0] + between[1];
+}
+
+} // namespace
+
+std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype) {
+  // In forward the chain's input is there, too: it is the caller's, and stays. In backward there are gradients of what
+  // the caller trains, so that forward may need what backward needs.
+  const int64_t input = blocks[0].shape.batch * blocks[0].shape.input_elements() * int64_t(c10::elementSize(dtype));
+  std::vector<int64_t> masks_before{0}; // bytes
+  int64_t forward_limit = 0, backward_limit = 0;
+  for (size_t k = 0; k < blocks.size(); ++k) {
+    const int64_t bytes = masks_before.back() + segment_bytes(blocks, k, k, dtype);
+    backward_limit = std::max(backward_limit, bytes);
+    forward_limit = std::max(forward_limit, bytes + (k > 0 ? input : 0));
+    masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.masks_size() : 0));
+  }
+  const auto fits = [&](size_t first, size_t last) {
+    const int64_t bytes = masks_before[first] + segment_bytes(blocks, first, last, dtype);
+    return bytes <= backward_limit && bytes + (first > 0 ? input : 0) <= forward_limit;
+  };
+  // Image by image only where whole images are what threads share.
+  const auto whole_images = [](const BlockShape& s) {
+    return output_bands(s).per_image == 1 && input_bands(s).per_image == 1;
+  };
+  std::vector<size_t> ends;
+  for (size_t first = 0; first < blocks.size();) {
+    size_t end = first + 1;
+    while (end < blocks.size() && at::get_num_threads() > 1 && whole_images(blocks[first].shape) &&
+           whole_images(blocks[end].shape) && fits(first, end)) {
+      ++end;
+    }
+    ends.push_back(end);
+    first = end;
+  }
+  return ends;
+}
+
+std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
+    const at::Tensor& input, const std::vector<ChainedBlock>& blocks) {
+  const at::Tensor x = in_channels_last(input);
+  const BlockShape& last = blocks.back().shape;
+  at::Tensor out = empty_tensor(
+      {last.batch, last.out_channels, last.out_height, last.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  std::vector<BlockMasks> masks;
+  std::vector<std::array<at::Tensor, 3>> biases;
+  std::vector<int64_t> elements;
+  for (const ChainedBlock& block : blocks) {
+    const BlockShape& s = block.shape;
+    masks.emplace_back(s, x, block.needs_masks);
+    biases.push_back(
+        {padded_bias(block.biases[0], s.expanded, "expand_bias"),
+         padded_bias(block.biases[1], s.expanded, "depthwise_bias"),
+         padded_bias(block.biases[2], s.out_channels, "project_bias")});
+    elements.push_back(s.output_elements());
+  }
+  elements.pop_back();
+  const std::vector<BlockWeights> stored = stored_weights(blocks);
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    const auto packed = pack_all(
+        blocks.size(), [&](size_t k) { return pack_block_forward(blocks[k].shape, stored[k], x.scalar_type()); });
+    const Between between(last.batch, elements, x.options());
+    std::vector<BlockForward<T>> stages;
+    for (size_t k = 0; k < blocks.size(); ++k) {
+      const bool is_first = k == 0, is_last = k + 1 == blocks.size();
+      const auto& [expand_bias, depthwise_bias, project_bias] = biases[k];
+      BlockForward<T> stage = block_forward<T>(
+          blocks[k].shape,
+          is_first ? x.data_ptr<T>() : between.data<T>(k - 1),
+          packed[k].data,
+          expand_bias,
+          depthwise_bias,
+          project_bias,
+          is_last ? out.data_ptr<T>() : between.data<T>(k));
+      stage.mask_expand = BlockMasks::bytes(masks[k].expand);
+      stage.mask_depthwise = BlockMasks::bytes(masks[k].depthwise);
+      stage.x_image = is_first ? stage.x_image : between.image(k - 1);
+      stage.out_image = is_last ? stage.out_image : between.image(k);
+      stages.push_back(std::move(stage));
+    }
+    parallel_stages(last.batch, static_cast<int64_t>(stages.size()), [&](int64_t stage, int64_t image) {
+      stages[stage].task(image);
+    });
+  });
+  return {out, masks};
+}
+
+ChainGradients chain_backward(
+    const at::Tensor& grad_output,
+    const std::vector<ChainedBlock>& blocks,
+    const std::vector<BlockMasks>& masks,
+    bool need_input,
+    const std::vector<std::array<bool, 3>>& need_biases) {
+  const BlockShape& first = blocks.front().shape;
+  const BlockShape& last = blocks.back().shape;
+  check_size(
+      grad_output,
+      "grad_output",
+      {last.batch, last.out_channels, last.out_height, last.out_width},
+      grad_output.scalar_type());
+  const at::Tensor grad = in_channels_last(grad_output);
+  ChainGradients gradients;
+  gradients.biases.resize(blocks.size());
+  if (need_input) {
+    gradients.input = empty_tensor(
+        {first.batch, first.in_channels, first.height, first.width}, grad.options(), at::MemoryFormat::ChannelsLast);
+  }
+  // Blocks from the last one on, as far as anything before them wants a gradient.
+  size_t earliest = 0;
+  const auto wants = [](const std::array<bool, 3>& need) { return need[0] || need[1] || need[2]; };
+  while (!need_input && earliest < blocks.size() && !wants(need_biases[earliest])) {
+    ++earliest;
+  }
+  const size_t count = blocks.size() - earliest;
+  if (count == 0) {
+    return gradients;
+  }
+  const auto block_of = [&](size_t stage) { return blocks.size() - 1 - stage; };
+  std::vector<int64_t> elements;
+  for (size_t stage = 0; stage + 1 < count; ++stage) {
+    elements.push_back(blocks[block_of(stage)].shape.input_elements());
+  }
+  const std::vector<BlockWeights> stored = stored_weights(blocks);
+  with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
+    using T = decltype(zero);
+    const auto packed = pack_all(count, [&](size_t stage) {
+      const size_t k = block_of(stage);
+      return pack_block_backward(blocks[k].shape, stored[k], grad.scalar_type(), need_input || k > earliest);
+    });
+    const Between between(last.batch, elements, grad.options());
+    std::vector<BlockBackward<T>> stages;
+    std::vector<at::Tensor> partials;
+    for (size_t i = 0; i < count; ++i) {
+      const size_t k = block_of(i);
+      const bool is_first = i == 0, is_last = i + 1 == count;
+      T* const to_input = need_input ? gradients.input.template data_ptr<T>() : nullptr;
+      BlockBackward<T> stage = block_backward<T>(
+          blocks[k].shape,
+          is_first ? grad.data_ptr<T>() : between.data<T>(i - 1),
+          packed[i].data,
+          is_last ? to_input : between.data<T>(i),
+          need_biases[k]);
+      stage.mask_expand = masks[k].checked_expand(blocks[k].shape);
+      stage.mask_depthwise = masks[k].checked_depthwise(blocks[k].shape);
+      stage.grad_output_image = is_first ? stage.grad_output_image : between.image(i - 1);
+      stage.grad_input_image = is_last ? stage.grad_input_image : between.image(i);
+      partials.push_back(stage.partial(last.batch));
+      stages.push_back(std::move(stage));
+    }
+    parallel_stages(last.batch, static_cast<int64_t>(count), [&](int64_t stage, int64_t image) {
+      const at::Tensor& partial = partials[stage];
+      stages[stage].task(image, partial.data_ptr<float>() + image * partial.size(1));
+    });
+    for (size_t i = 0; i < count; ++i) {
+      gradients.biases[block_of(i)] = stages[i].bias_gradients(partials[i]);
+    }
+  });
+  return gradients;
+}
+
+} // namespace tinytl::cpu

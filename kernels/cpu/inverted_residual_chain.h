@@ -1,0 +1,48 @@
+// Inverted residual blocks in a row, image by image: an image goes through all of them while others are elsewhere, and
+// no thread waits until a block is complete. Block by block, threads of unequal speed wait a tenth of the time.
+//
+// What lies between two blocks is not kept, and lives in two buffers that the blocks use in turn. The weights of all
+// blocks are packed beside each other, and the masks of none are freed before all have had their backward. So that this
+// takes no memory, a chain is cut into segments, none of which needs more than the chain's largest block does alone.
+#pragma once
+
+#include "inverted_residual.h"
+
+#include <array>
+#include <utility>
+#include <vector>
+
+namespace tinytl::cpu {
+
+struct ChainedBlock {
+  BlockShape shape;
+  // Of expand, depthwise and project. Scales: of weights in 8 bits.
+  std::array<OptionalTensor, 3> weights, biases, scales;
+  bool needs_masks;
+
+  BlockWeights stored() const {
+    return {weights[0], scales[0], *weights[1], scales[1], *weights[2], scales[2]};
+  }
+};
+
+// Where the segments of one block or more end: the index behind the last block of each. dtype: of the activations.
+std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype);
+
+// The last block's output, and each block's masks.
+std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
+    const at::Tensor& x, const std::vector<ChainedBlock>& blocks);
+
+struct ChainGradients {
+  at::Tensor input; // undefined where it is not wanted
+  std::vector<std::array<at::Tensor, 3>> biases; // of each block; empty tensors, or none at all, where not wanted
+};
+
+// need_biases: of each block, of expand, depthwise and project.
+ChainGradients chain_backward(
+    const at::Tensor& grad_output,
+    const std::vector<ChainedBlock>& blocks,
+    const std::vector<BlockMasks>& masks,
+    bool need_input,
+    const std::vector<std::array<bool, 3>>& need_biases);
+
+} // namespace tinytl::cpu

@@ -1,0 +1,183 @@
+"""Blocks of a chain image by image: the bits of blocks one by one, for no more memory than their largest takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import tinytl_kernels as tk
+from tests.allocations import allocated
+from tests.backends.cpu.fused import CPU, image
+from tinytl_kernels.nn import FusedSequential
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+FORWARD, BACKWARD = "tinytl_cpu::inverted_residual_forward", "tinytl_cpu::inverted_residual_backward"
+BLOCKS = 7
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def network(activation: str | None = "relu6", bits: int = 32) -> FusedSequential:
+    """Shrinking as networks do: the first blocks need more memory than those behind them together."""
+    torch.manual_seed(5)
+    block = tk.FrozenInvertedResidual
+    model = FusedSequential(
+        block(9, 12, expand_ratio=2, activation=activation),
+        block(12, 12, expand_ratio=4, kernel_size=5, stride=2, activation=activation),
+        block(12, 20, expand_ratio=4, stride=2, activation=activation),
+        block(20, 20, expand_ratio=4, activation=activation),
+        block(20, 24, expand_ratio=1, activation=activation),
+        block(24, 24, expand_ratio=3, kernel_size=7, activation=activation),
+        block(24, 31, expand_ratio=3, stride=2, activation=activation),
+    )
+    assert len(model) == BLOCKS
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    if bits == 8:
+        for child in model:
+            child.quantize_()
+    return model.to(memory_format=torch.channels_last)
+
+
+def step(model: nn.Module, x: torch.Tensor, input_grad: bool) -> list[torch.Tensor | None]:
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(input_grad)
+    model.zero_grad()
+    output = model(x)
+    generator = torch.Generator().manual_seed(3)
+    output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def kernels(function) -> Counter[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        function()
+    return Counter(event.name for event in trace.events() if event.name in (FORWARD, BACKWARD))
+
+
+def assert_bits(ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def one_by_one(model: nn.Module, monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.delitem(CPU.FUSED, "block_chain")
+        return function(model)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("images", [4, 12])
+@pytest.mark.parametrize("size", [(65, 47), (32, 32)], ids=str)
+def test_the_bits_of_blocks_one_by_one(size, images, count, monkeypatch):
+    model, x = network(), image(images, 9, *size)
+    with threads(count):
+        ours = step(model, x, True)
+        seen = kernels(lambda: step(model, x, True))
+        assert_bits(ours, one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
+    if images % count == 0:  # else threads share the rows of images
+        assert seen[FORWARD] == seen[BACKWARD] < BLOCKS - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_whatever_the_blocks_are(bits, activation, dtype, monkeypatch):
+    model, x = network(activation, bits).to(dtype), image(4, 9, 65, 61, dtype=dtype)
+    with threads(2):
+        assert kernels(lambda: model(x))[FORWARD] < BLOCKS - 1
+        assert_bits(step(model, x, True), one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
+
+
+@pytest.mark.parametrize(
+    "trained", ["0.expand", "1.depthwise", "4.project", "6.depthwise", "6.project", "3.expand 5.project"]
+)
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_only_what_is_asked_for(trained, input_grad, monkeypatch):
+    model, x = network().requires_grad_(False), image(4, 9, 32, 32)
+    for name in trained.split():
+        model.get_submodule(name).bias.requires_grad_(True)
+    with threads(2):
+        ours = step(model, x, input_grad)
+        assert_bits(ours, one_by_one(model, monkeypatch, lambda m: step(m, x, input_grad)))
+    assert (ours[1] is not None) == input_grad
+    for parameter, gradient in zip(model.parameters(), ours[2:], strict=True):
+        assert (gradient is not None) == parameter.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_segment_needs_no_more_than_the_largest_block(training, monkeypatch):
+    model, x = network().requires_grad_(False), image(8, 9, 96, 96)
+    for child in model:
+        child.project.bias.requires_grad_(training)
+
+    def peak(model) -> int:
+        return x.nbytes + allocated(lambda: model(x).sum().backward() if training else model(x))[0]
+
+    with threads(2):
+        assert kernels(lambda: model(x))[FORWARD] < BLOCKS - 1
+        peak(model)
+        ours, theirs = peak(model), one_by_one(model, monkeypatch, peak)
+    small = 16 * 1024  # the sums of the biases' gradients, and biases in whole vectors
+    assert x.nbytes < ours <= theirs + small
+
+
+def test_equal_blocks_are_cut_where_two_would_need_more():
+    """Every block needs as much as the next, and two of them a tensor more."""
+    model = FusedSequential(*(tk.FrozenInvertedResidual(8, 8, expand_ratio=1) for _ in range(6)))
+    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
+    with threads(2):
+        assert kernels(lambda: model(image(4, 8, 64, 64)))[FORWARD] == 6
+
+
+def test_a_segment_notices_weights_changed_before_backward():
+    model, x = network(), image(4, 9, 32, 32)
+    with threads(2):
+        output = model(x).sum()
+        with torch.no_grad():
+            model[3].project.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.backward()
+
+
+def test_a_second_derivative_is_an_error():
+    model, x = network(), image(4, 9, 32, 32).requires_grad_()
+    with threads(2):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_the_same_bits_run_after_run():
+    model, x = network(), image(6, 9, 40, 36)
+    with threads(3):
+        first = step(model, x, True)
+        for _ in range(10):
+            assert_bits(step(model, x, True), first)
+
+
+def test_infinities_stay_in_their_image():
+    model, x = network("relu"), image(4, 9, 32, 32)
+    with threads(2):
+        expected = model(x)
+        x[2] = float("nan")
+        output = model(x)
+    for i in (0, 1, 3):
+        assert torch.equal(output[i], expected[i])
+    assert output[2].isnan().all()
