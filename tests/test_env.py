@@ -22,3 +22,13 @@ def test_tells_which_backend_is_forced(monkeypatch):
     monkeypatch.setenv("TINYTL_BACKEND", "reference")
     line = next(line for line in tk.env_report().splitlines() if line.startswith("TINYTL_BACKEND"))
     assert line.split() == ["TINYTL_BACKEND", "reference"]
+
+
+def test_names_the_compiler_that_builds(monkeypatch):
+    def named() -> str:
+        return next(line for line in tk.env_report().splitlines() if line.startswith("c++ compiler"))
+
+    monkeypatch.setenv("CXX", "env g++")
+    assert named().endswith("/env g++")
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    assert named().endswith("none found (no-such-compiler)")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import sys
 
 import torch
 
 from tinytl_kernels.backends import ENVIRONMENT_VARIABLE, available_backends
+from tinytl_kernels.backends.cpu.build import compiler
 
 
 def env_report() -> str:
@@ -28,12 +30,18 @@ def env_report() -> str:
         *((name, _version(name)) for name in ("triton", "torchvision", "timm", "numpy", "safetensors")),
         ("cpu capability", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("cuda", _cuda()),
-        ("c++ compiler", shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]) or "none found"),
+        ("c++ compiler", _compiler()),
         (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "not set")),
         *((f"backend {name}", state) for name, state in available_backends().items()),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _compiler() -> str:
+    program, *words = compiler()
+    found = shutil.which(program)
+    return shlex.join([found, *words]) if found else f"none found ({program})"
 
 
 def _version(package: str) -> str:

@@ -126,7 +126,7 @@ def build_library(sources: list[Path], target: Path, work: Path) -> None:
     flags = compile_flags()
     objects = compile_objects(sources, work, flags, root / "include")
     linked = work / f"{LIBRARY}.so"
-    _run([*_compiler(), *flags, "-shared", *map(str, objects), *_link_flags(root / "lib"), "-o", str(linked)])
+    _run([*compiler(), *flags, "-shared", *map(str, objects), *_link_flags(root / "lib"), "-o", str(linked)])
     # Another file system would copy, and a reader could meet half a library; so beside the target first.
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.move(linked, beside)
@@ -143,7 +143,7 @@ def compile_objects(sources: list[Path], folder: Path, flags: list[str], include
     units = sorted((s for s in sources if s.suffix == ".cpp"), key=lambda s: s.stat().st_size, reverse=True)
     objects = [folder / f"{unit.stem}.o" for unit in units]
     # No -D_GLIBCXX_USE_CXX11_ABI: torch has had compilers' default since 2.7.
-    command = [*_compiler(), *flags, "-fPIC", "-isystem", str(include)]
+    command = [*compiler(), *flags, "-fPIC", "-isystem", str(include)]
     if headers := [source for source in sources if source.name in _PRECOMPILED]:
         command += ["-include", str(_precompile(headers, folder, command))]
 
@@ -209,20 +209,21 @@ def _prebuilt_library(sources: list[Path]) -> Path | None:
 def _no_compiler() -> str | None:
     if os.name == "nt":
         return "no build for Windows yet"
-    if shutil.which(_compiler()[0]) is None:
+    if shutil.which(compiler()[0]) is None:
         return "no C++ compiler found (install g++ or clang, or set CXX)"
     return None
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The C++ compiler's command: ``CXX``, words and all (``ccache g++``), else ``c++``."""
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _cache_folder(sources: list[Path]) -> Path:
     root = os.environ.get(CACHE_VARIABLE)
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tinytl_kernels"
-    compiler = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
-    facts = [torch.__version__, platform.system(), platform.machine(), compiler, *compile_flags()]
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    facts = [torch.__version__, platform.system(), platform.machine(), version, *compile_flags()]
     return base / f"cpu-{_digest(sources, facts)}"
 
 
