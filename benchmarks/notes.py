@@ -32,8 +32,9 @@ REASONS: dict[str, str] = {
         " arithmetic (41 % of the limit from memory, 52 % from cache)."
     ),
     "part vectors": (
-        "24 channels fill one and a half vectors of 16, groups of 12 three quarters of one: a quarter of the "
-        "multiply-adds is on padding; 16 channels are one vector, which is one multiply-add a broadcast."
+        "24 channels fill one and a half vectors of 16, groups of 12 three quarters of one: up to a quarter of the "
+        "multiply-adds is on padding (blocks leave out the half that nothing is in); 16 channels are one vector, "
+        "which is one multiply-add a broadcast."
     ),
     "mask pass": (
         "applying the mask and adding up the bias gradient is a pass of its own into scratch: half of the samples "
