@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -170,6 +171,35 @@ def test_the_same_bits_run_after_run():
         first = step(model, x, True)
         for _ in range(10):
             assert_bits(step(model, x, True), first)
+
+
+@pytest.mark.parametrize("size", [(0, 9, 32, 32), (2, 9, 4, 5)], ids=str)
+def test_no_image_and_small_ones(size, monkeypatch):
+    model, x = network(), image(*size)
+    with threads(2):
+        assert_bits(step(model, x, True), one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
+
+
+def test_backward_twice_and_parameters_stepped_in_between():
+    model, x = network(), image(4, 9, 32, 32)
+    with threads(2):
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        once = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():  # as an optimizer that steps while gradients come in: biases are not read in backward
+            model[1].depthwise.bias.add_(1)
+        loss.backward()
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+def test_checkpointed():
+    model, x = network(), image(4, 9, 32, 32).requires_grad_()
+    with threads(2):
+        (plain,) = torch.autograd.grad(model(x).square().sum(), x)
+        output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        (again,) = torch.autograd.grad(output.square().sum(), x)
+    assert torch.equal(plain, again)
 
 
 def test_infinities_stay_in_their_image():
