@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.allocations import allocated
+from tests.allocations import allocated, steadily_allocated
 from tinytl_kernels.backends.reference import max_pool, slabs
 from tinytl_kernels.core.activations import BIT_MASK
 
@@ -36,8 +36,7 @@ def image(layout, size=SIZE):
 
 def assert_lean(function, tolerance: float = 0.1, chunks: int = 0) -> None:
     """The peak is what is returned, plus a tenth, plus so many chunks of one image."""
-    function()  # what is made once and kept (threads' buffers) is not counted
-    peak, left = allocated(function)
+    peak, left = steadily_allocated(function)  # what is made once and kept (threads' buffers) is not counted
     assert left > 0
     allowed = (1 + tolerance) * left + chunks * 32 * 56 * 48 * 4
     assert peak <= allowed, f"peak {peak}, returned {left}, allowed {allowed:.0f}"
@@ -85,7 +84,7 @@ def test_frozen_conv(layout, weight_size):
 def test_bias_gradient_alone(layout):
     x, weight = image(layout), torch.randn(32, 32, 1, 1)
     mask = tinytl.frozen_conv(x, weight, None, [1, 1], [0] * 4, [1, 1], 1, "relu6", True)[1]
-    peak, _ = allocated(
+    peak, _ = steadily_allocated(
         lambda: tinytl.frozen_conv_backward(
             x, weight, mask, list(SIZE), [1, 1], [0] * 4, [1, 1], 1, "relu6", True, False, True
         )
