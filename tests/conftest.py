@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.threads import num_threads
 from tinytl_kernels.backends import use_backend
 from tinytl_kernels.backends.cpu import unavailable_reason
 
@@ -21,10 +22,8 @@ def seeded() -> int:
 @pytest.fixture
 def one_thread():
     """Small tensors, one order of summation, the same scratch memory in every step: with more it is chance."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with num_threads(1):
+        yield
 
 
 @pytest.fixture

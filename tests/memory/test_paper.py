@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.allocations import allocated
 from tests.memory.child import MEASURABLE, run_in_child
+from tests.threads import num_threads
 from tinytl_kernels import available_backends
 from tinytl_kernels.cli import main
 from tinytl_kernels.finetune import step_in_backward
@@ -115,16 +116,11 @@ def test_scratch_is_what_a_thread_keeps_of_its_first_step() -> None:
         torch.set_num_threads(1)
         return allocated(step)[1], allocated(step)[1]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with step_in_backward(optimizer):
-            report = measure_memory(model, images, optimizer=optimizer)
-            again = measure_memory(model, images, optimizer=optimizer)
-            with ThreadPoolExecutor(1) as pool:
-                first, second = pool.submit(kept).result()
-    finally:
-        torch.set_num_threads(threads)
+    with num_threads(1), step_in_backward(optimizer):
+        report = measure_memory(model, images, optimizer=optimizer)
+        again = measure_memory(model, images, optimizer=optimizer)
+        with ThreadPoolExecutor(1) as pool:
+            first, second = pool.submit(kept).result()
     assert again.scratch == report.scratch > 50_000
     assert first - second == report.scratch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,22 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 import tinytl_kernels as tk
 from tests.allocations import steadily_allocated
 from tests.backends.cpu.fused import CPU, image
+from tests.threads import num_threads
 from tinytl_kernels.nn import FusedSequential
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 FORWARD, BACKWARD = "tinytl_cpu::inverted_residual_forward", "tinytl_cpu::inverted_residual_backward"
 BLOCKS = 7
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def network(activation: str | None = "relu6", bits: int = 32) -> FusedSequential:
@@ -88,7 +78,7 @@ def one_by_one(model: nn.Module, monkeypatch, function):
 @pytest.mark.parametrize("size", [(65, 47), (32, 32)], ids=str)
 def test_the_bits_of_blocks_one_by_one(size, images, count, monkeypatch):
     model, x = network(), image(images, 9, *size)
-    with threads(count):
+    with num_threads(count):
         ours = step(model, x, True)
         seen = kernels(lambda: step(model, x, True))
         assert_bits(ours, one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
@@ -101,7 +91,7 @@ def test_the_bits_of_blocks_one_by_one(size, images, count, monkeypatch):
 @pytest.mark.parametrize("bits", [32, 8])
 def test_whatever_the_blocks_are(bits, activation, dtype, monkeypatch):
     model, x = network(activation, bits).to(dtype), image(4, 9, 65, 61, dtype=dtype)
-    with threads(2):
+    with num_threads(2):
         assert kernels(lambda: model(x))[FORWARD] < BLOCKS - 1
         assert_bits(step(model, x, True), one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
 
@@ -114,7 +104,7 @@ def test_only_what_is_asked_for(trained, input_grad, monkeypatch):
     model, x = network().requires_grad_(False), image(4, 9, 32, 32)
     for name in trained.split():
         model.get_submodule(name).bias.requires_grad_(True)
-    with threads(2):
+    with num_threads(2):
         ours = step(model, x, input_grad)
         assert_bits(ours, one_by_one(model, monkeypatch, lambda m: step(m, x, input_grad)))
     assert (ours[1] is not None) == input_grad
@@ -131,7 +121,7 @@ def test_a_segment_needs_no_more_than_the_largest_block(training, monkeypatch):
     def peak(model) -> int:
         return x.nbytes + steadily_allocated(lambda: model(x).sum().backward() if training else model(x))[0]
 
-    with threads(2):
+    with num_threads(2):
         assert kernels(lambda: model(x))[FORWARD] < BLOCKS - 1
         ours, theirs = peak(model), one_by_one(model, monkeypatch, peak)
     small = 16 * 1024  # the sums of the biases' gradients, and biases in whole vectors
@@ -142,13 +132,13 @@ def test_equal_blocks_are_cut_where_two_would_need_more():
     """Every block needs as much as the next, and two of them a tensor more."""
     model = FusedSequential(*(tk.FrozenInvertedResidual(8, 8, expand_ratio=1) for _ in range(6)))
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
-    with threads(2):
+    with num_threads(2):
         assert kernels(lambda: model(image(4, 8, 64, 64)))[FORWARD] == 6
 
 
 def test_a_segment_notices_weights_changed_before_backward():
     model, x = network(), image(4, 9, 32, 32)
-    with threads(2):
+    with num_threads(2):
         output = model(x).sum()
         with torch.no_grad():
             model[3].project.weight.mul_(2)
@@ -158,7 +148,7 @@ def test_a_segment_notices_weights_changed_before_backward():
 
 def test_a_second_derivative_is_an_error():
     model, x = network(), image(4, 9, 32, 32).requires_grad_()
-    with threads(2):
+    with num_threads(2):
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
             gradient.sum().backward()
@@ -166,7 +156,7 @@ def test_a_second_derivative_is_an_error():
 
 def test_the_same_bits_run_after_run():
     model, x = network(), image(6, 9, 40, 36)
-    with threads(3):
+    with num_threads(3):
         first = step(model, x, True)
         for _ in range(10):
             assert_bits(step(model, x, True), first)
@@ -175,13 +165,13 @@ def test_the_same_bits_run_after_run():
 @pytest.mark.parametrize("size", [(0, 9, 32, 32), (2, 9, 4, 5)], ids=str)
 def test_no_image_and_small_ones(size, monkeypatch):
     model, x = network(), image(*size)
-    with threads(2):
+    with num_threads(2):
         assert_bits(step(model, x, True), one_by_one(model, monkeypatch, lambda m: step(m, x, True)))
 
 
 def test_backward_twice_and_parameters_stepped_in_between():
     model, x = network(), image(4, 9, 32, 32)
-    with threads(2):
+    with num_threads(2):
         loss = model(x).square().sum()
         loss.backward(retain_graph=True)
         once = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -194,7 +184,7 @@ def test_backward_twice_and_parameters_stepped_in_between():
 
 def test_checkpointed():
     model, x = network(), image(4, 9, 32, 32).requires_grad_()
-    with threads(2):
+    with num_threads(2):
         (plain,) = torch.autograd.grad(model(x).square().sum(), x)
         output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
         (again,) = torch.autograd.grad(output.square().sum(), x)
@@ -203,7 +193,7 @@ def test_checkpointed():
 
 def test_infinities_stay_in_their_image():
     model, x = network("relu"), image(4, 9, 32, 32)
-    with threads(2):
+    with num_threads(2):
         expected = model(x)
         x[2] = float("nan")
         output = model(x)

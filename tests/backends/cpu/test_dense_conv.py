@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.backends.cpu.exact import operator, poisoned_memory, whole_numbers
 from tests.checks import assert_as_exact_as_torch
+from tests.threads import num_threads
 from tinytl_kernels.core.geometry import output_length
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -271,16 +272,12 @@ def test_bands_of_rows_agree_and_repeat_bit_by_bit(geometry, threads):
         output, mask = dense(channels_last(image), weight, bias, numbers, "relu")
         return output, mask, *dense_backward(output, mask, weight, image.shape, numbers, "relu")
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with num_threads(1):
         expected = results(*whole)
-        torch.set_num_threads(threads)
+    with num_threads(threads):
         assert all(torch.equal(a, b) for a, b in zip(results(*whole), expected, strict=True))
         runs = [results(input[:1], weight, bias) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.backends.cpu.exact import both, operator, poisoned_memory, whole_numb
 from tests.checks import compare_with_torch
 from tests.ops.layouts import DTYPES, LAYOUTS, images
 from tests.ops.test_frozen_conv import stock
+from tests.threads import num_threads
 from tinytl_kernels import ops
 from tinytl_kernels.backends.reference.activation import (
     activation_gradient,
@@ -167,9 +168,7 @@ def test_an_activation_of_its_own_pass_is_that_of_the_plain_convolution(kind, ac
     if kind.endswith("8 bits"):
         scale = weight.abs().amax((1, 2, 3)) / 127
         weight = (weight / scale[:, None, None, None]).round().to(torch.int8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         arguments = (kernel, input, weight, scale, bias, numbers)
         with poisoned_memory():
             plain, _ = convolved(*arguments, None, True)
@@ -190,5 +189,3 @@ def test_an_activation_of_its_own_pass_is_that_of_the_plain_convolution(kind, ac
             slack = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, **slack)
-    finally:
-        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from tests.backends.cpu.exact import both, operator, whole_numbers
 from tests.checks import compare_with_torch
 from tests.ops.layouts import DTYPES
 from tests.ops.test_frozen_inverted_residual import ours, stock
+from tests.threads import num_threads
 from tinytl_kernels.core.geometry import output_length
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -55,9 +56,7 @@ def test_equals_the_reference_for_any_geometry(block, activation, want_pooled, t
     biases.append(whole_numbers((out,), 9, generator))
     if not expand:
         weights[0] = biases[0] = None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # fewer images than threads: bands of rows with a halo
-    try:
+    with num_threads(threads):  # fewer images than threads: bands of rows with a halo
         output, expand_mask, depthwise_mask, pooled = both(
             "frozen_inverted_residual",
             input, weights[0], biases[0], weights[1], biases[1], weights[2], biases[2], [stride] * 2, list(padding),
@@ -70,8 +69,6 @@ def test_equals_the_reference_for_any_geometry(block, activation, want_pooled, t
             [n, channels, h, w], [stride] * 2, list(padding), activation, residual, True,
             [True, expand, True, True],
         )  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
 
 
 def random_block(size, hidden, out, kernel, dtype, expand=True):

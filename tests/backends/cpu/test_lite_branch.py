@@ -7,6 +7,7 @@ import torch
 
 from tests.backends.cpu.exact import operator, poisoned_memory
 from tests.backends.cpu.test_who_computes import recorded
+from tests.threads import num_threads
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -58,14 +59,11 @@ def test_every_element_is_written(norm_groups, stride):
 @pytest.mark.parametrize("norm_groups", [0, 4])
 def test_the_same_bits_with_any_number_of_threads(norm_groups, images):
     forward = arguments(norm_groups, size=(images, 24, 15, 14), stride=1)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 5):
+        with num_threads(threads):
             outputs = operator("cpu", "lite_branch")(*forward)
             results.append([*outputs, *operator("cpu", "lite_branch_backward")(*backward_arguments(forward, outputs))])
-    finally:
-        torch.set_num_threads(before)
     for others in results[1:]:
         for a, b in zip(results[0], others, strict=True):
             assert torch.equal(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import tinytl_kernels as tk
 from tests.backends.cpu.exact import poisoned_memory
 from tests.backends.cpu.fused import counted, image
 from tests.checks import saved_tensors
+from tests.threads import num_threads
 from tinytl_kernels import FrozenConvBias, ops
 from tinytl_kernels.core.activations import STAND_ALONE
 from tinytl_kernels.core.layout import memory_format
@@ -25,16 +25,6 @@ pytestmark = pytest.mark.usefixtures("cpu_kernels")
 @pytest.fixture
 def taken(monkeypatch) -> list[bool]:
     return counted("mbconv", monkeypatch)
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Block(nn.Module):
@@ -184,7 +174,7 @@ def test_any_shape(batch, height, width, pads, kernel, count, **options):
     torch.manual_seed(0)
     block, x = Block(kernel=kernel, padding=pads, **options), image(batch, options["channels"], height, width)
     assume(memory_format(x) is torch.channels_last)  # a picture of one channel may be in any layout
-    with threads(count):
+    with num_threads(count):
         assert_exact(block, x)
 
 
@@ -193,7 +183,7 @@ def test_any_shape(batch, height, width, pads, kernel, count, **options):
 @pytest.mark.parametrize("options", [dict(), dict(kernel=5, stride=2), dict(squeezed=0, expanded=8)], ids=str)
 def test_the_same_bits_run_after_run(images, count, options):
     block, x = Block(out=8, **options), image(images, 8, 23, 19)
-    with threads(count):
+    with num_threads(count):
         first = assert_exact(block, x)
         for _ in range(3):
             again = step(block, x)

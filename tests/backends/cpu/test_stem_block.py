@@ -13,6 +13,7 @@ from torch import nn
 import tinytl_kernels as tk
 from tests.backends.cpu.fused import counted, image
 from tests.checks import saved_tensors
+from tests.threads import num_threads
 from tinytl_kernels import FrozenConvBias, FrozenInvertedResidual
 from tinytl_kernels.backends.cpu import frozen_conv
 from tinytl_kernels.nn import FusedSequential
@@ -118,16 +119,12 @@ def test_any_shape(batch, height, width, pads, k, **options):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bands_of_one_picture(threads, taken):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         model, x = make(), image(1, 3, 65, 63)
         ours, theirs = both(model, x)
         assert_same(ours, theirs)
         again = step(model, x)
         assert all(torch.equal(again[name], ours[name]) for name in ours)
-    finally:
-        torch.set_num_threads(before)
     assert taken == [True, True]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.threads import num_threads
 from tinytl_kernels import ops
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -49,12 +50,8 @@ def test_same_bits_run_after_run(network, images, threads):
         parameters, loss = NETWORKS[network](x)
         return [loss.detach(), *torch.autograd.grad(loss, [x, *parameters])]
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         first = run()
         for _ in range(5):
             for a, b in zip(run(), first, strict=True):
                 assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
