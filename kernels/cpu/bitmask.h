@@ -108,6 +108,15 @@ TINYTL_INLINE uint32_t pass_bits(Vec x) {
 #endif
 }
 
+// Bit i is 1 where lane i is anything but zero.
+TINYTL_INLINE uint32_t nonzero_bits(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#else
+  return detail::bits_where_false(x == Vec(0.f));
+#endif
+}
+
 // bit ? value : 0
 TINYTL_INLINE Vec select(Vec value, uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)

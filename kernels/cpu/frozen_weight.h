@@ -88,7 +88,8 @@ auto with_values(const FrozenWeight& weight, Body&& body) {
 }
 
 // GEMM operands of a 1x1 convolution, (O, I): forward B[k, n] = w[n, k], backward B[k, n] = w[k, n]. Panels
-// [first, last) of the outputs (forward) or of the inputs (backward). The weight must outlive the tasks.
+// [first, last) of the outputs (forward) or of the inputs (backward). The weight must outlive the tasks. spoiled: as
+// pack_panels says.
 template <class Dot, class T>
 Tasks pack_forward(
     const FrozenWeight& weight,
@@ -96,11 +97,12 @@ Tasks pack_forward(
     const Panels& panels,
     int64_t first,
     int64_t last,
-    typename Dot::Element* packed) {
+    typename Dot::Element* packed,
+    uint8_t* spoiled = nullptr) {
   return with_values<T>(weight, [&](const auto& values) {
     const auto read = [values](int64_t k, int64_t n) { return values(n, k); };
     return pack_panels<Dot>(
-        read, plain_values(values), weight.inner, true, weight.inner, padded_depth, panels, first, last, packed);
+        read, plain_values(values), weight.inner, true, weight.inner, padded_depth, panels, first, last, packed, spoiled);
   });
 }
 
@@ -111,11 +113,12 @@ Tasks pack_backward(
     const Panels& panels,
     int64_t first,
     int64_t last,
-    typename Dot::Element* packed) {
+    typename Dot::Element* packed,
+    uint8_t* spoiled = nullptr) {
   return with_values<T>(weight, [&](const auto& values) {
     const auto read = [values](int64_t k, int64_t n) { return values(k, n); };
     return pack_panels<Dot>(
-        read, plain_values(values), weight.inner, false, weight.out_channels, padded_depth, panels, first, last, packed);
+        read, plain_values(values), weight.inner, false, weight.out_channels, padded_depth, panels, first, last, packed, spoiled);
   });
 }
 

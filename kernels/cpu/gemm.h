@@ -18,6 +18,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -47,9 +48,9 @@ struct Panels {
   int64_t small = 0; // groups in a small panel
   int64_t large = 0; // the first `large` panels have one group more
 
-  explicit Panels(int64_t channels) : channels(channels) {
+  explicit Panels(int64_t channels, int64_t most_groups = kPanelGroups) : channels(channels) {
     const int64_t groups = ceil_div(channels, kGroup);
-    count = ceil_div(groups, kPanelGroups);
+    count = ceil_div(groups, most_groups);
     small = count > 0 ? groups / count : 0;
     large = count > 0 ? groups % count : 0;
   }
@@ -124,6 +125,7 @@ TINYTL_INLINE void gemm_tile(
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
     const typename Dot::Element* b,
+    int64_t b_stride,
     const float* init,
     const Epilogue& epilogue) {
   constexpr int VECS = GROUPS * kGroupVecs;
@@ -179,7 +181,7 @@ TINYTL_INLINE void gemm_tile(
           half[m] = Dot::accumulate(half[m], value, half_row);
         }
       }
-      b += VECS * kLanes * Dot::kStep;
+      b += b_stride;
     }
   }
   if (flushed) {
@@ -203,32 +205,35 @@ TINYTL_INLINE void gemm_rows(
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
     const typename Dot::Element* b,
+    int64_t b_stride,
     const float* init,
     const Epilogue& epilogue) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      gemm_tile<Dot, ROWS, GROUPS, HALF>(m0, segments, num_segments, b, init, epilogue);
+      gemm_tile<Dot, ROWS, GROUPS, HALF>(m0, segments, num_segments, b, b_stride, init, epilogue);
     } else {
-      gemm_rows<Dot, GROUPS, HALF, ROWS - 1>(rows, m0, segments, num_segments, b, init, epilogue);
+      gemm_rows<Dot, GROUPS, HALF, ROWS - 1>(rows, m0, segments, num_segments, b, b_stride, init, epilogue);
     }
   }
 }
 
 template <class Dot, int GROUPS, bool HALF, class Epilogue>
 void gemm_groups(
-    int64_t pixels,
+    int64_t begin,
+    int64_t end,
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
     const typename Dot::Element* b,
+    int64_t b_stride,
     const float* init,
     Epilogue epilogue) { // a copy, so that no store can be thought to change it
   // Tiles of nearly equal height: 9 pixels are 5 + 4, not 8 + 1.
-  const int64_t tiles = ceil_div(pixels, kTileRows);
-  const int64_t small = tiles > 0 ? pixels / tiles : 0;
-  const int64_t large = tiles > 0 ? pixels % tiles : 0;
-  for (int64_t t = 0, m0 = 0; t < tiles; ++t) {
+  const int64_t tiles = ceil_div(end - begin, kTileRows);
+  const int64_t small = tiles > 0 ? (end - begin) / tiles : 0;
+  const int64_t large = tiles > 0 ? (end - begin) % tiles : 0;
+  for (int64_t t = 0, m0 = begin; t < tiles; ++t) {
     const int rows = static_cast<int>(small + (t < large ? 1 : 0));
-    gemm_rows<Dot, GROUPS, HALF, kTileRows>(rows, m0, segments, num_segments, b, init, epilogue);
+    gemm_rows<Dot, GROUPS, HALF, kTileRows>(rows, m0, segments, num_segments, b, b_stride, init, epilogue);
     m0 += rows;
   }
 }
@@ -236,30 +241,49 @@ void gemm_groups(
 template <class Dot, int GROUPS, class Epilogue>
 TINYTL_INLINE void gemm_dispatch(
     int groups,
-    int64_t pixels,
+    int64_t begin,
+    int64_t end,
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
     const typename Dot::Element* b,
+    int64_t b_stride,
     const float* init,
     const Epilogue& epilogue) {
   if constexpr (GROUPS > 0) {
     if (groups == GROUPS) {
       if constexpr (kHalves && GROUPS > 1 && requires { epilogue.columns(); }) {
         if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
-          return gemm_groups<Dot, GROUPS, true>(pixels, segments, num_segments, b, init, epilogue);
+          return gemm_groups<Dot, GROUPS, true>(begin, end, segments, num_segments, b, b_stride, init, epilogue);
         }
       }
-      gemm_groups<Dot, GROUPS, false>(pixels, segments, num_segments, b, init, epilogue);
+      gemm_groups<Dot, GROUPS, false>(begin, end, segments, num_segments, b, b_stride, init, epilogue);
     } else {
-      gemm_dispatch<Dot, GROUPS - 1>(groups, pixels, segments, num_segments, b, init, epilogue);
+      gemm_dispatch<Dot, GROUPS - 1>(groups, begin, end, segments, num_segments, b, b_stride, init, epilogue);
     }
   }
 }
 
 } // namespace detail
 
-// One panel of C for all `pixels`. b: the packed panel; init: the panel's start values or null for zeros. An epilogue
-// that says how many columns there are gets no more computed, to half a vector.
+// At most kPanelGroups groups of C for pixels [begin, end). b: their columns of B, whose steps of k are b_stride
+// elements apart; init: their start values or null for zeros. An epilogue that says how many columns there are gets no
+// more computed, to half a vector.
+template <class Dot, class Epilogue>
+TINYTL_INLINE void gemm_columns(
+    int groups,
+    int64_t begin,
+    int64_t end,
+    const Segment<typename Dot::Element>* segments,
+    int64_t num_segments,
+    const typename Dot::Element* b,
+    int64_t b_stride,
+    const float* init,
+    const Epilogue& epilogue) {
+  detail::gemm_dispatch<Dot, kPanelGroups>(
+      groups, begin, end, segments, num_segments, b, b_stride, init, epilogue);
+}
+
+// One packed panel of C for all `pixels`.
 template <class Dot, class Epilogue>
 TINYTL_INLINE void gemm_panel(
     int groups,
@@ -269,7 +293,7 @@ TINYTL_INLINE void gemm_panel(
     const typename Dot::Element* b,
     const float* init,
     const Epilogue& epilogue) {
-  detail::gemm_dispatch<Dot, kPanelGroups>(groups, pixels, segments, num_segments, b, init, epilogue);
+  gemm_columns<Dot>(groups, 0, pixels, segments, num_segments, b, groups * kGroup * Dot::kStep, init, epilogue);
 }
 
 // Packed B: panel after panel, [k / kStep][channel][k % kStep], k and channels padded with zeros.
@@ -292,21 +316,41 @@ void transpose_panel(
   constexpr int STEP = Dot::kStep;
   static_assert(sizeof(Element) * STEP == sizeof(float));
   constexpr int64_t DEPTH = 64;
-  alignas(64) Element rows[kPanelGroups * kGroup * DEPTH];
+  constexpr int64_t CHANNELS = kPanelGroups * kGroup;
+  alignas(64) Element rows[CHANNELS * DEPTH];
   for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
     const int64_t count = std::min(DEPTH, depth - k0);
     const int64_t words = ceil_div(count, STEP);
-    for (int64_t n = 0; n < valid; ++n) {
-      for (int64_t k = 0; k < count; ++k) {
-        rows[n * DEPTH + k] = static_cast<Element>(read(k0 + k, start + n));
+    for (int64_t n0 = 0; n0 < valid; n0 += CHANNELS) {
+      const int64_t channels = std::min(CHANNELS, valid - n0);
+      for (int64_t n = 0; n < channels; ++n) {
+        for (int64_t k = 0; k < count; ++k) {
+          rows[n * DEPTH + k] = static_cast<Element>(read(k0 + k, start + n0 + n));
+        }
+        for (int64_t k = count; k < words * STEP; ++k) {
+          rows[n * DEPTH + k] = Element(0);
+        }
       }
-      for (int64_t k = count; k < words * STEP; ++k) {
-        rows[n * DEPTH + k] = Element(0);
-      }
+      transpose(
+          reinterpret_cast<const float*>(rows),
+          DEPTH / STEP,
+          reinterpret_cast<float*>(target + k0 * width) + n0,
+          width,
+          channels,
+          words);
     }
-    transpose(
-        reinterpret_cast<const float*>(rows), DEPTH / STEP, reinterpret_cast<float*>(target + k0 * width), width, valid, words);
   }
+}
+
+// Whether no value is an infinity or NaN: only then is a product with zero nothing. count: whole vectors.
+inline bool all_finite(const float* values, int64_t count) {
+  Vec sum(0.f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    sum = at::vec::fmadd(Vec::loadu(values + i), Vec(0.f), sum);
+  }
+  alignas(64) float lanes[kLanes];
+  sum.store(lanes);
+  return std::all_of(lanes, lanes + kLanes, [](float lane) { return lane == 0.f; });
 }
 
 // Elements of a weight that a task packs, about.
@@ -314,7 +358,8 @@ constexpr int64_t kPackedElements = 8192;
 
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
 // runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
-// themselves where they are float32, rows `row` apart along the other side; else null.
+// themselves where they are float32, rows `row` apart along the other side; else null. spoiled: becomes 1 if any value is
+// not finite; null: nobody asks.
 template <class Dot, class Read>
 Tasks pack_panels(
     const Read& read,
@@ -326,14 +371,14 @@ Tasks pack_panels(
     const Panels& panels,
     int64_t first,
     int64_t last,
-    typename Dot::Element* packed) {
+    typename Dot::Element* packed,
+    uint8_t* spoiled = nullptr) {
   using Element = typename Dot::Element;
   constexpr int STEP = Dot::kStep;
   const int64_t origin = panels.start(first) * padded_depth;
   const int64_t grain = ceil_div(kPackedElements, std::max<int64_t>(depth * kGroup, 1));
-  return pieces_of(last - first, grain, [=](int64_t first_piece, int64_t end_piece) {
-    const int64_t begin = first + first_piece, end = first + end_piece;
-    const auto target_of = [&](int64_t p) { return packed + panels.start(p) * padded_depth - origin; };
+  const auto target_of = [=](int64_t p) { return packed + panels.start(p) * padded_depth - origin; };
+  const auto pack = [=](int64_t begin, int64_t end) {
     const auto valid_of = [&](int64_t p) { return std::min(panels.width(p), panels.channels - panels.start(p)); };
     for (int64_t p = begin; p < end; ++p) {
       if (valid_of(p) < panels.width(p) || depth < padded_depth) {
@@ -379,6 +424,15 @@ Tasks pack_panels(
             target[(k / STEP * width + n) * STEP + k % STEP] = static_cast<Element>(read(k, start + n));
           }
         }
+      }
+    }
+  };
+  return pieces_of(last - first, grain, [=](int64_t begin, int64_t end) {
+    pack(first + begin, first + end);
+    if constexpr (std::is_same_v<Element, float>) {
+      const float* begun = target_of(first + begin);
+      if (spoiled != nullptr && !all_finite(begun, target_of(first + end) - begun)) {
+        std::atomic_ref(*spoiled).store(1, std::memory_order_relaxed);
       }
     }
   });

@@ -1,6 +1,8 @@
 // What both directions of the inverted residual block share: argument checks, weight packing, cutting into tasks.
 #include "inverted_residual.h"
 
+#include "masked_gemm.h"
+
 namespace tinytl::cpu {
 namespace {
 
@@ -122,7 +124,8 @@ PackedWeights pack_block_forward(
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::forward(s);
     packed.data = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
-    const Panels panels(s.expanded), out_panels(s.out_channels);
+    *layout.spoiled(packed.data) = 0;
+    const Panels panels(s.expanded), out_panels(s.out_channels, kWideGroups);
     if (weights.expand.has_value()) {
       const int64_t depth = packed_depth<Dot>(s.in_channels);
       packed.packing.push_back(
@@ -131,28 +134,55 @@ PackedWeights pack_block_forward(
     packed.packing.push_back(depthwise_packing<T>(weights.depthwise, layout.depthwise(packed.data)));
     if (with_project) {
       packed.packing.push_back(pack_forward<Dot, T>(
-          weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.out(packed.data)));
+          weights.project,
+          panels.padded(),
+          out_panels,
+          0,
+          out_panels.count,
+          layout.out(packed.data),
+          layout.spoiled(packed.data)));
     }
   });
   return packed;
 }
 
 PackedWeights pack_block_backward(
-    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input) {
+    const BlockShape& s,
+    const BlockWeights& weights,
+    at::ScalarType dtype,
+    bool need_input,
+    const uint8_t* mask_depthwise) {
   PackedWeights packed;
   with_storage_type(dtype, "grad_output", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
     const auto layout = BlockPack<Dot>::backward(s);
     packed.data = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
-    const Panels panels(s.expanded), in_panels(s.in_channels);
-    const int64_t depth = packed_depth<Dot>(s.out_channels);
-    packed.packing.push_back(
-        pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed.data)));
+    *layout.spoiled(packed.data) = 0;
+    const Panels panels(s.expanded), in_panels(s.in_channels, kWideGroups);
+    if constexpr (std::is_same_v<Dot, FloatDot>) {
+      const int64_t bytes = s.batch * s.out_height * s.out_width * mask_bytes(s.expanded);
+      packed.dots = mask_depthwise != nullptr && dots_pay(share_of_bits(mask_depthwise, bytes), s.out_channels);
+    }
+    if (packed.dots) {
+      const Panels out_panels(s.out_channels, kWideGroups);
+      packed.packing.push_back(pack_forward<Dot, T>(
+          weights.project, panels.padded(), out_panels, 0, out_panels.count, layout.into(packed.data)));
+    } else {
+      const int64_t depth = packed_depth<Dot>(s.out_channels);
+      packed.packing.push_back(
+          pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed.data)));
+    }
     packed.packing.push_back(depthwise_packing<T>(weights.depthwise, layout.depthwise(packed.data)));
     if (weights.expand.has_value() && need_input) {
       packed.packing.push_back(pack_backward<Dot, T>(
-          *weights.expand, panels.padded(), in_panels, 0, in_panels.count, layout.out(packed.data)));
+          *weights.expand,
+          panels.padded(),
+          in_panels,
+          0,
+          in_panels.count,
+          layout.out(packed.data),
+          layout.spoiled(packed.data)));
     }
   });
   return packed;

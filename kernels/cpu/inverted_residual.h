@@ -15,6 +15,7 @@
 #include "frozen_weight.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "sparse_gemm.h"
 
 #include <cstring>
 #include <optional>
@@ -70,7 +71,7 @@ BlockShape block_shape(
     bool residual);
 
 // Packed weights of one direction, in one byte tensor: the GEMM into the expanded channels, the depthwise taps as
-// [group][tap][kGroup], the GEMM out of them.
+// [group][tap][kGroup], the GEMM out of them (in wide panels), and whether that has anything that is not finite.
 template <class Dot>
 struct BlockPack {
   using Element = typename Dot::Element;
@@ -84,7 +85,10 @@ struct BlockPack {
   }
   static BlockPack backward(const BlockShape& s) {
     return {
-        packed_elements<Dot>(s.out_channels, s.expanded),
+        // Either way round: as columns of a product, or as rows that dot products are made with.
+        std::max(
+            packed_elements<Dot>(s.out_channels, s.expanded),
+            padded_channels(s.expanded) * padded_channels(s.out_channels)),
         s.taps() * padded_channels(s.expanded),
         s.has_expand ? packed_elements<Dot>(padded_channels(s.expanded), s.in_channels) : 0};
   }
@@ -95,8 +99,11 @@ struct BlockPack {
   int64_t out_at() const {
     return depthwise_at() + round_up(depthwise_elements * sizeof(float), 64);
   }
-  int64_t bytes() const {
+  int64_t spoiled_at() const {
     return out_at() + out_elements * sizeof(Element);
+  }
+  int64_t bytes() const {
+    return spoiled_at() + 1;
   }
   Element* into(const at::Tensor& packed) const {
     return reinterpret_cast<Element*>(packed.data_ptr<uint8_t>());
@@ -106,6 +113,9 @@ struct BlockPack {
   }
   Element* out(const at::Tensor& packed) const {
     return reinterpret_cast<Element*>(packed.data_ptr<uint8_t>() + out_at());
+  }
+  uint8_t* spoiled(const at::Tensor& packed) const {
+    return packed.data_ptr<uint8_t>() + spoiled_at();
   }
 };
 
@@ -259,14 +269,20 @@ struct BlockMasks {
 struct PackedWeights {
   at::Tensor data;
   std::vector<Tasks> packing;
+  bool dots = false; // of a backward: the projection is packed for gemm_to_selected
 };
 
 // For activations of `dtype`. The projection only where `with_project`.
 PackedWeights pack_block_forward(
     const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool with_project = true);
-// The expansion only where the input's gradient is wanted: nothing else multiplies by it.
+// The expansion only where the input's gradient is wanted: nothing else multiplies by it. mask_depthwise: what of the
+// projection's input gradient passes; null: all.
 PackedWeights pack_block_backward(
-    const BlockShape& s, const BlockWeights& weights, at::ScalarType dtype, bool need_input);
+    const BlockShape& s,
+    const BlockWeights& weights,
+    at::ScalarType dtype,
+    bool need_input,
+    const uint8_t* mask_depthwise);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
     const at::Tensor& x,

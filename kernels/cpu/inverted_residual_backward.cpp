@@ -11,6 +11,7 @@
 
 #include "depthwise.h"
 #include "epilogues.h"
+#include "masked_gemm.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -43,7 +44,6 @@ void BlockBackward<T>::project_rows(
     float* sums) const {
   const int64_t start = panels.start(panel);
   const int64_t stride = mask_bytes(s.expanded);
-  const Element* weight = project + start * packed_depth<Dot>(s.out_channels);
   const auto run = [&](int64_t from, int64_t to, float* to_sums) {
     const int64_t skipped = (from - begin) * s.out_width;
     SelectToRing epilogue{ring, plane, offsets + skipped, {}, to_sums};
@@ -54,7 +54,15 @@ void BlockBackward<T>::project_rows(
           s.expanded - start};
     }
     const Segment<Element> rows{operand.data + skipped * operand.stride, operand.stride, operand.depth};
-    gemm_panel<Dot>(panels.groups(panel), (to - from) * s.out_width, &rows, 1, weight, nullptr, epilogue);
+    const int64_t pixels = (to - from) * s.out_width;
+    if constexpr (std::is_same_v<Dot, FloatDot>) {
+      if (dots) {
+        const Panels out_panels(s.out_channels, kWideGroups);
+        return gemm_to_selected(panels.groups(panel), pixels, rows, out_panels, project, start, panels.padded(), epilogue);
+      }
+    }
+    const Element* weight = project + start * packed_depth<Dot>(s.out_channels);
+    gemm_panel<Dot>(panels.groups(panel), pixels, &rows, 1, weight, nullptr, epilogue);
   };
   const int64_t split = need_depthwise_bias ? std::clamp(sum_end, begin, end) : begin;
   run(begin, split, sums + start);
@@ -155,12 +163,8 @@ void BlockBackward<T>::expand_rows(
     const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
     segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
   }
-  for (int64_t q = 0; q < in_panels.count; ++q) {
-    const int64_t start = in_panels.start(q);
-    auto epilogue = epilogue_at(start);
-    gemm_panel<Dot>(
-        in_panels.groups(q), pixels, segments, panels.count, expand + start * panels.padded(), nullptr, epilogue);
-  }
+  gemm_of_rows<Dot>(
+      pixels, segments, panels.count, in_panels, expand, panels.padded(), *spoiled == 0, nullptr, epilogue_at);
 }
 
 template <class T>
@@ -272,16 +276,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
-    const PackedWeights packed = pack_block_backward(s, stored, grad.scalar_type(), need_input);
+    const uint8_t* mask = masks.checked_depthwise(s);
+    const PackedWeights packed = pack_block_backward(s, stored, grad.scalar_type(), need_input, mask);
     parallel_tasks(packed.packing);
     BlockBackward<T> backward = block_backward<T>(
         s,
         grad.data_ptr<T>(),
-        packed.data,
+        packed,
         need_input ? grad_input.data_ptr<T>() : nullptr,
         {need_expand_bias, need_depthwise_bias, need_project_bias});
     backward.mask_expand = masks.checked_expand(s);
-    backward.mask_depthwise = masks.checked_depthwise(s);
+    backward.mask_depthwise = mask;
     backward.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
     const at::Tensor partial = backward.partial(bands.tasks());
     parallel_tasks(bands.tasks(), [&](int64_t t) {

@@ -203,7 +203,9 @@ ChainGradients chain_backward(
     using T = decltype(zero);
     const auto packed = pack_all(count, [&](size_t stage) {
       const size_t k = block_of(stage);
-      return pack_block_backward(blocks[k].shape, stored[k], grad.scalar_type(), need_input || k > earliest);
+      const BlockShape& s = blocks[k].shape;
+      return pack_block_backward(
+          s, stored[k], grad.scalar_type(), need_input || k > earliest, masks[k].checked_depthwise(s));
     });
     const Between between(last.batch, elements, grad.options());
     std::vector<BlockBackward<T>> stages;
@@ -215,7 +217,7 @@ ChainGradients chain_backward(
       BlockBackward<T> stage = block_backward<T>(
           blocks[k].shape,
           is_first ? grad.data_ptr<T>() : between.data<T>(i - 1),
-          packed[i].data,
+          packed[i],
           is_last ? to_input : between.data<T>(i),
           need_biases[k]);
       stage.mask_expand = masks[k].checked_expand(blocks[k].shape);

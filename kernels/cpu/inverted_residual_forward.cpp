@@ -152,21 +152,23 @@ void BlockForward<T>::project_rows(
     segments[p] = {rows + panels.start(p) * row_pixels + first * width, width, depth};
   }
   const int64_t origin = begin * s.out_width * s.out_channels;
-  for (int64_t q = 0; q < out_panels.count; ++q) {
-    const int64_t start = out_panels.start(q);
-    AddToTensor<T> epilogue{out + image * out_image + origin + start, s.out_channels, s.out_channels - start};
-    if (s.residual) {
-      epilogue.addend = x + image * x_image + origin + start;
-    }
-    gemm_panel<Dot>(
-        out_panels.groups(q),
-        (end - begin) * s.out_width,
-        segments,
-        panels.count,
-        project + start * panels.padded(),
-        project_bias != nullptr ? project_bias + start : nullptr,
-        epilogue);
-  }
+  gemm_of_rows<Dot>(
+      (end - begin) * s.out_width,
+      segments,
+      panels.count,
+      out_panels,
+      project,
+      panels.padded(),
+      *spoiled == 0,
+      project_bias,
+      [&](int64_t channel) {
+        AddToTensor<T> epilogue{
+            out + image * out_image + origin + channel, s.out_channels, s.out_channels - channel};
+        if (s.residual) {
+          epilogue.addend = x + image * x_image + origin + channel;
+        }
+        return epilogue;
+      });
 }
 
 template <class T>

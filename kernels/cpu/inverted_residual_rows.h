@@ -26,11 +26,12 @@ struct BlockForward {
 
   BlockShape s;
   Panels panels; // of the expanded channels
-  Panels out_panels;
+  Panels out_panels; // wide
   const T* x;
   const Element* expand;
   const float* depthwise;
   const Element* project;
+  const uint8_t* spoiled; // 1: `project` has values that are not finite
   const float *expand_bias, *depthwise_bias, *project_bias; // null: zeros
   T* out;
   uint8_t *mask_expand, *mask_depthwise; // null: not wanted
@@ -89,12 +90,14 @@ struct BlockBackward {
 
   BlockShape s;
   Panels panels; // of the expanded channels
-  Panels in_panels;
+  Panels in_panels; // wide
   const T* grad_output;
   const uint8_t *mask_expand, *mask_depthwise; // null: everything passes
   const Element* project;
+  bool dots; // it is packed for gemm_to_selected
   const float* depthwise;
   const Element* expand;
+  const uint8_t* spoiled; // 1: `expand` has values that are not finite
   const T* grad_pooled; // null: none
   T* grad_input; // null: not wanted
   bool need_expand_bias, need_depthwise_bias, need_project_bias;
@@ -184,11 +187,12 @@ BlockForward<T> block_forward(
   return {
       s,
       Panels(s.expanded),
-      Panels(s.out_channels),
+      Panels(s.out_channels, kWideGroups),
       x,
       layout.into(weights),
       layout.depthwise(weights),
       layout.out(weights),
+      layout.spoiled(weights),
       values(expand_bias),
       values(depthwise_bias),
       values(project_bias),
@@ -199,25 +203,28 @@ BlockForward<T> block_forward(
       nullptr};
 }
 
-// Its backward, of everything that passed. need_biases: expand, depthwise, project.
+// Its backward, of everything that passed. weights: their mask_depthwise is to be set where they were packed for one;
+// need_biases: expand, depthwise, project.
 template <class T>
 BlockBackward<T> block_backward(
     const BlockShape& s,
     const T* grad_output,
-    const at::Tensor& weights,
+    const PackedWeights& weights,
     T* grad_input,
     const std::array<bool, 3>& need_biases) {
   const auto layout = BlockPack<typename DotFor<T>::type>::backward(s);
   return {
       s,
       Panels(s.expanded),
-      Panels(s.in_channels),
+      Panels(s.in_channels, kWideGroups),
       grad_output,
       nullptr,
       nullptr,
-      layout.into(weights),
-      layout.depthwise(weights),
-      layout.out(weights),
+      layout.into(weights.data),
+      weights.dots,
+      layout.depthwise(weights.data),
+      layout.out(weights.data),
+      layout.spoiled(weights.data),
       nullptr,
       grad_input,
       need_biases[0],

@@ -302,12 +302,12 @@ MbconvGradients mbconv_backward(
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
     const BlockWeights stored = block_weights(layers);
-    const PackedWeights packed = pack_block_backward(s, stored, x.scalar_type(), needs.input);
+    const PackedWeights packed = pack_block_backward(s, stored, x.scalar_type(), needs.input, nullptr);
     parallel_tasks(packed.packing);
     const BlockBackward<T> block = block_backward<T>(
         s,
         grad.data_ptr<T>(),
-        packed.data,
+        packed,
         needs.input ? gradients.input.data_ptr<T>() : nullptr,
         {needs.biases[kExpand], needs.biases[kDepthwise], needs.biases[kProject]});
     PackedWeights packed_again;
