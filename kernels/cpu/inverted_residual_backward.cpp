@@ -164,7 +164,17 @@ void BlockBackward<T>::expand_rows(
     segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
   }
   gemm_of_rows<Dot>(
-      pixels, segments, panels.count, in_panels, expand, panels.padded(), *spoiled == 0, nullptr, epilogue_at);
+      pixels,
+      segments,
+      panels.count,
+      in_panels,
+      0,
+      in_panels.count,
+      expand,
+      panels.padded(),
+      *spoiled == 0,
+      nullptr,
+      epilogue_at);
 }
 
 template <class T>

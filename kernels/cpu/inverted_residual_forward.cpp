@@ -157,6 +157,8 @@ void BlockForward<T>::project_rows(
       segments,
       panels.count,
       out_panels,
+      0,
+      out_panels.count,
       project,
       panels.padded(),
       *spoiled == 0,

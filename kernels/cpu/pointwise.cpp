@@ -14,6 +14,7 @@
 #include "epilogues.h"
 #include "frozen_weight.h"
 #include "parallel.h"
+#include "sparse_gemm.h"
 
 namespace tinytl::cpu {
 namespace {
@@ -23,6 +24,9 @@ constexpr int64_t kRunBytes = 128 * 1024;
 
 // Floating point values that a weight in 8 bits is unpacked into at a time.
 constexpr int64_t kUnpackedBytes = 1024 * 1024;
+
+// Of the operand's channels, see cut_segments.
+constexpr int64_t kSegmentDepth = 48;
 
 struct PointwiseShape {
   int64_t batch, in_channels, height, width;
@@ -81,24 +85,24 @@ struct PointwiseShape {
   }
 };
 
-// Cuts a GEMM operand along its depth so that no chain of additions is longer than kChainDepth.
+// Cuts a GEMM operand along its depth: no chain of additions is longer than kChainDepth, and zeros are counted in as many
+// pieces as their bits are words.
 template <class Element>
-std::vector<Segment<Element>> cut_segments(int64_t depth) {
+std::vector<Segment<Element>> cut_segments(const Segment<Element>& operand) {
+  static_assert(kChainDepth % kSegmentDepth == 0 && kSegmentDepth <= 64);
   std::vector<Segment<Element>> segments;
-  for (int64_t k = 0; k < depth; k += kChainDepth) {
-    segments.push_back({nullptr, 0, std::min(kChainDepth, depth - k)});
+  for (int64_t k = 0; k < operand.depth; k += kSegmentDepth) {
+    segments.push_back({operand.data + k, operand.stride, std::min(kSegmentDepth, operand.depth - k)});
   }
   return segments;
 }
 
+// Panels of a packed weight of that depth, as wide as sparse rows want them; of one in 8 bits no wider than is unpacked.
 template <class Element>
-void place_segments(std::vector<Segment<Element>>& segments, const Segment<Element>& operand) {
-  int64_t k = 0;
-  for (auto& segment : segments) {
-    segment.data = operand.data + k;
-    segment.stride = operand.stride;
-    k += segment.depth;
-  }
+Panels weight_panels(const FrozenWeight& weight, int64_t channels, int64_t depth) {
+  const int64_t group_bytes = depth * kGroup * static_cast<int64_t>(sizeof(Element));
+  const int64_t most = weight.quantized() ? kUnpackedBytes / group_bytes : kWideGroups;
+  return Panels(channels, std::clamp<int64_t>(most, 1, kWideGroups));
 }
 
 // Calls body(first panel, end panel, packed weights from the first panel on) until all panels are done: all at once for a
@@ -106,9 +110,9 @@ void place_segments(std::vector<Segment<Element>>& segments, const Segment<Eleme
 template <class Dot, class Pack, class Body>
 void for_unpacked(const FrozenWeight& weight, const Panels& panels, int64_t depth, const Pack& pack, const Body& body) {
   using Element = typename Dot::Element;
-  const int64_t panel_bytes = depth * kPanelGroups * kGroup * static_cast<int64_t>(sizeof(Element));
+  const int64_t panel_bytes = depth * panels.width(0) * static_cast<int64_t>(sizeof(Element));
   const int64_t step = weight.quantized() ? std::max<int64_t>(kUnpackedBytes / panel_bytes, 1) : panels.count;
-  const int64_t elements = std::min(step * kPanelGroups * kGroup, panels.padded()) * depth;
+  const int64_t elements = std::min(step * panels.width(0), panels.padded()) * depth;
   const at::Tensor packed =
       empty_tensor({elements}, weight.values.options().dtype(c10::CppTypeToScalarType<Element>::value));
   for (int64_t first = 0; first < panels.count; first += step) {
@@ -149,7 +153,6 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
   const at::Tensor padded = padded_bias(bias, s.out_channels, "bias");
   const float* init = padded.defined() ? padded.data_ptr<float>() : nullptr;
   const at::Tensor added = checked_addend(addend, size, x.scalar_type());
-  const Panels panels(s.out_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
 
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
@@ -157,37 +160,45 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.in_channels);
+    const Panels panels = weight_panels<Element>(frozen, s.out_channels, depth);
     const T* source = input.data_ptr<T>();
     T* target = output.values<T>();
+    uint8_t spoiled = 0;
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
-      parallel_tasks({pack_forward<Dot, T>(frozen, depth, panels, first, last, packed)});
+      parallel_tasks({pack_forward<Dot, T>(frozen, depth, panels, first, last, packed, &spoiled)});
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       for_runs(s.pixels(), s.run_pixels(depth, sizeof(Element)), [&](int64_t, int64_t begin, int64_t end) {
         const int64_t step = s.stride_width * s.in_channels; // operand pixels are `step` elements apart
         const auto operand =
             operand_rows<Dot>(source + s.input_pixel(begin) * s.in_channels, end - begin, s.in_channels, step);
-        auto segments = cut_segments<Element>(depth);
-        place_segments(segments, operand);
-        for (int64_t q = first; q < last; ++q) {
-          const int64_t start = panels.start(q);
-          ActivateToTensor<T> epilogue{
-              target + begin * s.out_channels + start, s.out_channels, s.out_channels - start, output.tile_activation(), {}};
-          if (added.defined()) {
-            epilogue.addend = added.data_ptr<T>() + begin * s.out_channels + start;
-          }
-          if (bits != nullptr) {
-            epilogue.mask = {bits + begin * mask_stride + start / 8, mask_stride, s.out_channels - start};
-          }
-          gemm_panel<Dot>(
-              panels.groups(q),
-              end - begin,
-              segments.data(),
-              static_cast<int64_t>(segments.size()),
-              b + (start - panels.start(first)) * depth,
-              init != nullptr ? init + start : nullptr,
-              epilogue);
-        }
+        const auto segments = cut_segments(operand);
+        gemm_of_rows<Dot>(
+            end - begin,
+            segments.data(),
+            static_cast<int64_t>(segments.size()),
+            panels,
+            first,
+            last,
+            b,
+            depth,
+            spoiled == 0,
+            init,
+            [&](int64_t channel) {
+              ActivateToTensor<T> epilogue{
+                  target + begin * s.out_channels + channel,
+                  s.out_channels,
+                  s.out_channels - channel,
+                  output.tile_activation(),
+                  {}};
+              if (added.defined()) {
+                epilogue.addend = added.data_ptr<T>() + begin * s.out_channels + channel;
+              }
+              if (bits != nullptr) {
+                epilogue.mask = {bits + begin * mask_stride + channel / 8, mask_stride, s.out_channels - channel};
+              }
+              return epilogue;
+            });
         if (last == panels.count) {
           output.finish<T>(begin, end - begin);
         }
@@ -218,7 +229,6 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
   if (s.strided()) {
     grad_input.zero_(); // input pixels that no output pixel reads
   }
-  const Panels panels(s.in_channels);
   const int64_t mask_stride = mask_bytes(s.out_channels);
   const int64_t padded = padded_channels(s.out_channels);
   at::Tensor partial = zero_tensor({piece_count(s.pixels()), padded}, gradient.options().dtype(at::kFloat));
@@ -229,9 +239,11 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     using Dot = typename DotFor<T>::type;
     using Element = typename Dot::Element;
     const int64_t depth = packed_depth<Dot>(s.out_channels), run = s.run_pixels(padded, sizeof(Element));
+    const Panels panels = weight_panels<Element>(frozen, s.in_channels, depth);
     T* target = grad_input.data_ptr<T>();
+    uint8_t spoiled = 0;
     const auto pack = [&](int64_t first, int64_t last, Element* packed) {
-      parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed)});
+      parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed, &spoiled)});
     };
     for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
       const bool summing = need_bias && first == 0;
@@ -264,23 +276,24 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
             flush_sums(sums, partials + task * padded, padded);
           }
         }
-        auto segments = cut_segments<Element>(depth);
-        place_segments(segments, Segment<Element>{operand, padded, depth});
-        for (int64_t q = first; q < last; ++q) {
-          const int64_t start = panels.start(q);
-          AddToTensor<T> epilogue{
-              target + s.input_pixel(begin) * s.in_channels + start,
-              s.stride_width * s.in_channels,
-              s.in_channels - start};
-          gemm_panel<Dot>(
-              panels.groups(q),
-              end - begin,
-              segments.data(),
-              static_cast<int64_t>(segments.size()),
-              b + (start - panels.start(first)) * depth,
-              nullptr,
-              epilogue);
-        }
+        const auto segments = cut_segments(Segment<Element>{operand, padded, depth});
+        gemm_of_rows<Dot>(
+            end - begin,
+            segments.data(),
+            static_cast<int64_t>(segments.size()),
+            panels,
+            first,
+            last,
+            b,
+            depth,
+            spoiled == 0,
+            nullptr,
+            [&](int64_t channel) {
+              return AddToTensor<T>{
+                  target + s.input_pixel(begin) * s.in_channels + channel,
+                  s.stride_width * s.in_channels,
+                  s.in_channels - channel};
+            });
       });
     });
   });

@@ -30,10 +30,9 @@ class NonzeroBits {
       : words_(scratch<uint64_t>(kBits, num_segments * kSparsePixels)) {
     for (int64_t s = 0; s < num_segments; ++s) {
       const float* row = segments[s].data + begin * segments[s].stride;
-      const uint64_t valid = ~uint64_t(0) >> (64 - segments[s].depth);
       uint64_t* word = words_ + s * kSparsePixels;
       for (int64_t m = begin; m < end; ++m, row += segments[s].stride) {
-        *word = bits_of(row, segments[s].depth) & valid;
+        *word = bits_of(row, segments[s].depth);
         count_ += std::popcount(*word++);
       }
     }
@@ -49,11 +48,10 @@ class NonzeroBits {
   uint64_t* words_;
   int64_t count_ = 0;
 
-  // Rows are padded to whole groups.
   static TINYTL_INLINE uint64_t bits_of(const float* row, int64_t depth) {
     uint64_t bits = 0;
     for (int64_t k = 0; k < depth; k += kLanes) {
-      bits |= static_cast<uint64_t>(nonzero_bits(Vec::loadu(row + k))) << k;
+      bits |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
     }
     return bits;
   }
@@ -152,15 +150,17 @@ TINYTL_INLINE void sparse_dispatch(
 
 } // namespace detail
 
-// C for `pixels` pixels, of rows that may be sparse. b: packed in `panels` of up to kWideGroups groups, b_depth rows each;
-// finite: it is, so that products with zero may be left out; init: start values of all channels, or null for zeros;
-// epilogue_at(channel): what happens to the columns from that channel on.
+// Panels [first, last) of C for `pixels` pixels, of rows that may be sparse. b: those panels, of up to kWideGroups groups,
+// b_depth rows each; finite: it is, so that products with zero may be left out; init: start values of all channels, or
+// null for zeros; epilogue_at(channel): what happens to the columns from that channel on.
 template <class Dot, class EpilogueAt>
 void gemm_of_rows(
     int64_t pixels,
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
     const Panels& panels,
+    int64_t first,
+    int64_t last,
     const typename Dot::Element* b,
     int64_t b_depth,
     bool finite,
@@ -170,6 +170,7 @@ void gemm_of_rows(
   for (int64_t s = 0; s < num_segments; ++s) {
     depth += segments[s].depth;
   }
+  const auto panel_of = [&](int64_t q) { return b + (panels.start(q) - panels.start(first)) * b_depth; };
   const auto start_of = [&](int64_t channel) { return init != nullptr ? init + channel : nullptr; };
   const auto dense = [&](int64_t q, int64_t begin, int64_t end) {
     const Panels columns(panels.width(q));
@@ -181,7 +182,7 @@ void gemm_of_rows(
           end,
           segments,
           num_segments,
-          b + panels.start(q) * b_depth + column * Dot::kStep,
+          panel_of(q) + column * Dot::kStep,
           panels.width(q) * Dot::kStep,
           start_of(channel),
           epilogue_at(channel));
@@ -189,11 +190,11 @@ void gemm_of_rows(
   };
   if constexpr (std::is_same_v<Dot, FloatDot>) {
     static_assert(kPanelGroups * kGroup <= 64); // a segment's channels are bits of a word
-    const bool worth_counting = finite && panels.groups(0) * kGroupVecs >= kFewestSparseVecs;
+    const bool worth_counting = finite && panels.groups(first) * kGroupVecs >= kFewestSparseVecs;
     for (int64_t begin = 0; worth_counting && begin < pixels; begin += kSparsePixels) {
       const int64_t end = std::min(begin + kSparsePixels, pixels);
       const NonzeroBits nonzero(segments, num_segments, begin, end);
-      for (int64_t q = 0; q < panels.count; ++q) {
+      for (int64_t q = first; q < last; ++q) {
         const int64_t start = panels.start(q);
         if (sparse_pays(nonzero.count(), end - begin, depth, num_segments, panels.groups(q) * kGroupVecs)) {
           detail::sparse_dispatch<kWideGroups>(
@@ -203,7 +204,7 @@ void gemm_of_rows(
               segments,
               num_segments,
               nonzero,
-              b + start * b_depth,
+              panel_of(q),
               start_of(start),
               epilogue_at(start));
         } else {
@@ -215,7 +216,7 @@ void gemm_of_rows(
       return;
     }
   }
-  for (int64_t q = 0; q < panels.count; ++q) {
+  for (int64_t q = first; q < last; ++q) {
     dense(q, 0, pixels);
   }
 }
