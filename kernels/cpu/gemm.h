@@ -367,7 +367,7 @@ constexpr int64_t kPackedRows = 16, kPackedTransposedRows = 64;
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
 // runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
 // themselves where they are float32, rows `row` apart along the other side; else null. spoiled: becomes 1 if any value is
-// not finite; null: nobody asks. A task packs some rows of all panels.
+// not finite (of float32; null: nobody asks). A task packs some rows of all panels.
 template <class Dot, class Read>
 Tasks pack_panels(
     const Read& read,
@@ -426,10 +426,7 @@ Tasks pack_panels(
       }
     }
     if constexpr (std::is_same_v<Element, float>) {
-      if (spoiled == nullptr) {
-        return;
-      }
-      for (int64_t p = first; p < last; ++p) {
+      for (int64_t p = first; spoiled != nullptr && p < last; ++p) {
         if (!all_finite(target_of(p), elements_of(p))) {
           std::atomic_ref(*spoiled).store(1, std::memory_order_relaxed);
         }

@@ -168,10 +168,12 @@ std::pair<float*, Element*> rings_and_rows(int64_t ring_elements, int64_t row_el
 
 // Zeroes the border columns of the rings of `groups` groups, inner columns [left, left + inner).
 inline void clear_borders(float* ring, int64_t groups, const Walk& walk, int64_t inner) {
-  // A few columns a row: calls of memset would cost more than the zeros.
-  const auto clear = [](float* from, int64_t columns) {
+  // A few columns a row: calls of memset, which a compiler makes of zeros that it knows, cost more than storing them.
+  alignas(64) static const float zeros[kLanes] = {};
+  const Vec zero = load_once(zeros);
+  const auto clear = [&](float* from, int64_t columns) {
     for (int64_t c = 0; c < columns * kGroup; c += kLanes) {
-      Vec(0.f).store(from + c);
+      zero.store(from + c);
     }
   };
   const int64_t right = walk.ring_left + inner;

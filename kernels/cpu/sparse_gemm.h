@@ -12,6 +12,7 @@
 #include "scratch.h"
 
 #include <bit>
+#include <cmath>
 
 namespace tinytl::cpu {
 
@@ -30,10 +31,14 @@ class NonzeroBits {
       : words_(scratch<uint64_t>(kBits, num_segments * kSparsePixels)) {
     for (int64_t s = 0; s < num_segments; ++s) {
       const float* row = segments[s].data + begin * segments[s].stride;
+      const int64_t depth = segments[s].depth;
       uint64_t* word = words_ + s * kSparsePixels;
-      for (int64_t m = begin; m < end; ++m, row += segments[s].stride) {
-        *word = bits_of(row, segments[s].depth);
-        count_ += std::popcount(*word++);
+      for (int64_t m = begin; m < end; ++m, row += segments[s].stride, ++word) {
+        *word = 0;
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          *word |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
+        }
+        count_ += std::popcount(*word);
       }
     }
   }
@@ -47,35 +52,27 @@ class NonzeroBits {
  private:
   uint64_t* words_;
   int64_t count_ = 0;
-
-  static TINYTL_INLINE uint64_t bits_of(const float* row, int64_t depth) {
-    uint64_t bits = 0;
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      bits |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
-    }
-    return bits;
-  }
 };
 
-// Narrower products are waits for sums, and loads: they are not worth counting zeros for.
-constexpr int kFewestSparseVecs = kLanes == 16 ? 2 : 4;
-
-// Whether leaving zeros out takes less time than multiplying by them: instructions of one pixel that the processor's
-// one or two multipliers and loads wait for. vectors: of a row of C.
-inline bool sparse_pays(int64_t nonzero, int64_t pixels, int64_t depth, int64_t num_segments, double vectors) {
-  constexpr double kRate = kLanes == 16 ? 1 : 2; // products a cycle
+// Whether leaving zeros out takes clearly less time than multiplying by them, in vectors that the processor multiplies or
+// loads. nonzero: of `depth` values of a pixel, on average; num_segments: that they are in; vectors: of a row of C.
+inline bool sparse_pays(double nonzero, int64_t depth, int64_t num_segments, double vectors) {
+  constexpr double kRate = kLanes == 16 ? 1 : 2; // vectors a cycle
   constexpr double kDenseRate = 0.88; // of what the processor could do, what tiles do
-  constexpr double kBranch = 25; // cycles that the end of a row's loop costs, which cannot be predicted
-  const double rows = static_cast<double>(pixels * num_segments);
-  const double sparse = static_cast<double>(nonzero) * (vectors + 1) + rows * (kBranch * kRate + 3 * vectors);
-  const double dense = static_cast<double>(pixels * depth) * vectors / kDenseRate;
-  return sparse < dense;
+  constexpr double kBranch = 25; // cycles that the end of a segment's loop costs, which cannot be predicted
+  constexpr double kClearly = 0.9;
+  const double sparse = nonzero * (vectors + 1) + static_cast<double>(num_segments) * (kBranch * kRate + 3 * vectors);
+  const double dense = static_cast<double>(depth) * vectors / kDenseRate;
+  return sparse < kClearly * dense;
 }
+
+// The share of values that are not zero where it is worth looking: about as few as there ever are.
+constexpr double kSparseShare = 0.4;
 
 namespace detail {
 
-// Pixels [begin, end), one panel of GROUPS groups.
-template <int GROUPS, class Epilogue>
+// Pixels [begin, end), one panel of GROUPS groups, half of the last vector if HALF.
+template <int GROUPS, bool HALF, class Epilogue>
 __attribute__((noinline)) void sparse_groups(
     int64_t begin,
     int64_t end,
@@ -86,6 +83,7 @@ __attribute__((noinline)) void sparse_groups(
     const float* init,
     Epilogue epilogue) {
   constexpr int VECS = GROUPS * kGroupVecs;
+  constexpr int WHOLE = VECS - (HALF ? 1 : 0);
   constexpr int64_t WIDTH = GROUPS * kGroup;
   alignas(64) float totals[kSparsePixels * WIDTH];
   for (int64_t s = 0; s < num_segments; ++s) {
@@ -94,35 +92,35 @@ __attribute__((noinline)) void sparse_groups(
     float* total = totals;
     for (int64_t m = begin; m < end; ++m, a += segments[s].stride, total += WIDTH) {
       Vec sum[1][VECS];
-      TINYTL_UNROLL
-      for (int v = 0; v < VECS; ++v) {
-        sum[0][v] = Vec(0.f);
-      }
+      HalfVec half[1];
+      const auto each = [&](const auto& body) TINYTL_LAMBDA_INLINE { each_sum<HALF>(sum, half, body); };
+      each([](auto& value, int) TINYTL_LAMBDA_INLINE { set_zero(value); });
       for (uint64_t word = *words++; word != 0; word &= word - 1) {
         const int k = std::countr_zero(word);
         const Vec value(a[k]);
         const float* row = b + k * WIDTH;
         TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
+        for (int v = 0; v < WHOLE; ++v) {
           sum[0][v] = at::vec::fmadd(value, Vec::loadu(row + v * kLanes), sum[0][v]);
+        }
+        if constexpr (HALF) {
+          HalfVec half_row;
+          load_into(half_row, row + WHOLE * kLanes);
+          half[0] = fmadd(lower_half(value), half_row, half[0]);
         }
       }
       // A segment is a chain of additions of its own: sums of sums are more exact than long ones.
-      const float* before = s > 0 ? total : init;
-      if (before != nullptr) {
-        TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
-          sum[0][v] = sum[0][v] + Vec::loadu(before + v * kLanes);
-        }
+      if (const float* before = s > 0 ? total : init; before != nullptr) {
+        each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { add_into(value, before + at); });
       }
       if (s + 1 < num_segments) {
-        TINYTL_UNROLL
-        for (int v = 0; v < VECS; ++v) {
-          sum[0][v].store(total + v * kLanes);
-        }
-      } else {
-        epilogue.template tile<1, GROUPS>(m, sum);
+        each([&](auto& value, int at) TINYTL_LAMBDA_INLINE { store_from(value, total + at); });
+        continue;
       }
+      if constexpr (HALF) {
+        sum[0][WHOLE] = with_zeros_above(half[0]);
+      }
+      epilogue.template tile<1, GROUPS>(m, sum);
     }
     b += segments[s].depth * WIDTH;
   }
@@ -141,7 +139,13 @@ TINYTL_INLINE void sparse_dispatch(
     const Epilogue& epilogue) {
   if constexpr (GROUPS > 0) {
     if (groups == GROUPS) {
-      sparse_groups<GROUPS>(begin, end, segments, num_segments, nonzero, b, init, epilogue);
+      // Of a wide panel half a vector is nothing.
+      if constexpr (kHalves && GROUPS > 1 && GROUPS <= kPanelGroups && requires { epilogue.columns(); }) {
+        if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
+          return sparse_groups<GROUPS, true>(begin, end, segments, num_segments, nonzero, b, init, epilogue);
+        }
+      }
+      sparse_groups<GROUPS, false>(begin, end, segments, num_segments, nonzero, b, init, epilogue);
     } else {
       sparse_dispatch<GROUPS - 1>(groups, begin, end, segments, num_segments, nonzero, b, init, epilogue);
     }
@@ -188,36 +192,44 @@ void gemm_of_rows(
           epilogue_at(channel));
     }
   };
+  const auto pays = [&](double nonzero, int64_t q) {
+    const int64_t columns = std::min(panels.width(q), panels.channels - panels.start(q));
+    const auto halves = static_cast<double>(ceil_div(2 * columns, kLanes));
+    return sparse_pays(nonzero, depth, num_segments, kHalves ? halves / 2 : std::ceil(halves / 2));
+  };
+  // Two bfloat16 are rarely zero together.
+  const bool worth_counting =
+      std::is_same_v<Dot, FloatDot> && finite && pays(kSparseShare * static_cast<double>(depth), first);
+  if (!worth_counting) {
+    for (int64_t q = first; q < last; ++q) {
+      dense(q, 0, pixels);
+    }
+    return;
+  }
   if constexpr (std::is_same_v<Dot, FloatDot>) {
     static_assert(kPanelGroups * kGroup <= 64); // a segment's channels are bits of a word
-    const bool worth_counting = finite && panels.groups(first) * kGroupVecs >= kFewestSparseVecs;
-    for (int64_t begin = 0; worth_counting && begin < pixels; begin += kSparsePixels) {
+    for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
       const int64_t end = std::min(begin + kSparsePixels, pixels);
       const NonzeroBits nonzero(segments, num_segments, begin, end);
+      const double of_a_pixel = static_cast<double>(nonzero.count()) / static_cast<double>(end - begin);
       for (int64_t q = first; q < last; ++q) {
-        const int64_t start = panels.start(q);
-        if (sparse_pays(nonzero.count(), end - begin, depth, num_segments, panels.groups(q) * kGroupVecs)) {
-          detail::sparse_dispatch<kWideGroups>(
-              panels.groups(q),
-              begin,
-              end,
-              segments,
-              num_segments,
-              nonzero,
-              panel_of(q),
-              start_of(start),
-              epilogue_at(start));
-        } else {
+        if (!pays(of_a_pixel, q)) {
           dense(q, begin, end);
+          continue;
         }
+        const int64_t start = panels.start(q);
+        detail::sparse_dispatch<kWideGroups>(
+            panels.groups(q),
+            begin,
+            end,
+            segments,
+            num_segments,
+            nonzero,
+            panel_of(q),
+            start_of(start),
+            epilogue_at(start));
       }
     }
-    if (worth_counting) {
-      return;
-    }
-  }
-  for (int64_t q = first; q < last; ++q) {
-    dense(q, 0, pixels);
   }
 }
 
