@@ -252,6 +252,10 @@ struct ActivateToTensor {
   MaskRows<uint8_t> mask;
   const T* addend = nullptr; // laid out as out; may be null
 
+  TINYTL_INLINE int64_t columns() const {
+    return valid;
+  }
+
   template <int ROWS, int GROUPS, int VECS>
   TINYTL_INLINE void tile(int64_t m0, Vec (&sum)[ROWS][VECS]) const {
     if (addend != nullptr) {

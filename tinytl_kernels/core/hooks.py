@@ -16,7 +16,14 @@ def hooks_of(module: nn.Module) -> list[Callable]:
 
 def hooked(module: nn.Module) -> bool:
     """Whether ``module`` has hooks, also such that only listen, or a ``forward`` of its own."""
-    return has_own_forward(module) or bool(hooks_of(module))
+    # Asked of every block in every forward, so not by way of a list.
+    return bool(
+        has_own_forward(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def every_module_hooked() -> bool:
@@ -33,9 +40,11 @@ def listens_only(hook: Callable) -> Callable:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether ``forward`` was replaced on this very instance."""
-    return "forward" in vars(module)
+    return "forward" in module.__dict__
 
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody would notice that ``module`` is not called."""
+    if not hooked(module):
+        return False
     return has_own_forward(module) or not all(getattr(hook, "listens_only", False) for hook in hooks_of(module))
