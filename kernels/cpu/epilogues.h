@@ -37,6 +37,14 @@ struct MaskRows {
   TINYTL_INLINE int64_t left(int group) const {
     return channels - group * kGroup;
   }
+  // The bits of `groups` groups, no more than are in a word.
+  TINYTL_INLINE uint64_t word(int64_t pixel, int groups) const {
+    uint64_t bits = 0;
+    for (int g = 0; g < groups && left(g) > 0; ++g) {
+      bits |= static_cast<uint64_t>(load_group_bits(at(pixel, g), left(g))) << (g * kGroup);
+    }
+    return bits;
+  }
 };
 
 // The mask bits of a pixel whose last group is not whole, or of groups beyond the last channel, which have none.

@@ -362,7 +362,7 @@ inline bool all_finite(const float* values, int64_t count) {
 // Elements of a weight that a task packs, about, and rows of B that it packs at least: as many as a transposition takes,
 // from as few places in memory as that allows.
 constexpr int64_t kPackedElements = 8192;
-constexpr int64_t kPackedRows = 16, kPackedTransposedRows = 64;
+constexpr int64_t kPackedRows = 16, kPackedTransposedRows = 32;
 
 // Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
 // runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values

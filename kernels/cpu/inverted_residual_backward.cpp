@@ -163,6 +163,11 @@ void BlockBackward<T>::expand_rows(
     const int64_t depth = std::min(panels.width(p), packed_depth<Dot>(s.expanded - panels.start(p)));
     segments[p] = {rows + panels.start(p) * row_pixels, panels.width(p), depth};
   }
+  MaskRows<const uint8_t> mask;
+  if (mask_expand != nullptr) {
+    const int64_t stride = mask_bytes(s.expanded);
+    mask = {mask_expand + (image * s.height + begin) * s.width * stride, stride, s.expanded};
+  }
   gemm_of_rows<Dot>(
       pixels,
       segments,
@@ -174,6 +179,7 @@ void BlockBackward<T>::expand_rows(
       panels.padded(),
       *spoiled == 0,
       nullptr,
+      mask,
       epilogue_at);
 }
 

@@ -163,6 +163,7 @@ void BlockForward<T>::project_rows(
       panels.padded(),
       *spoiled == 0,
       project_bias,
+      {},
       [&](int64_t channel) {
         AddToTensor<T> epilogue{
             out + image * out_image + origin + channel, s.out_channels, s.out_channels - channel};

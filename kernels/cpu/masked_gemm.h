@@ -226,13 +226,7 @@ inline void gemm_to_selected(
   for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
     const int64_t end = std::min(begin + kSparsePixels, pixels);
     for (int64_t m = begin; m < end; ++m) {
-      uint64_t word = 0;
-      for (int g = 0; g < groups; ++g) {
-        if (epilogue.mask.left(g) > 0) {
-          word |= static_cast<uint64_t>(load_group_bits(epilogue.mask.at(m, g), epilogue.mask.left(g))) << (g * kGroup);
-        }
-      }
-      words[m - begin] = word;
+      words[m - begin] = epilogue.mask.word(m, groups);
     }
     for (int64_t q = 0; q < panels.count; ++q) {
       const int64_t start = panels.start(q), valid = std::min(panels.width(q), panels.channels - start);

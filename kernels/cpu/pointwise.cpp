@@ -184,6 +184,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
             depth,
             spoiled == 0,
             init,
+            {},
             [&](int64_t channel) {
               ActivateToTensor<T> epilogue{
                   target + begin * s.out_channels + channel,
@@ -277,6 +278,10 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
           }
         }
         const auto segments = cut_segments(Segment<Element>{operand, padded, depth});
+        MaskRows<const uint8_t> mask;
+        if (bits != nullptr) {
+          mask = {bits + begin * mask_stride, mask_stride, s.out_channels};
+        }
         gemm_of_rows<Dot>(
             end - begin,
             segments.data(),
@@ -288,6 +293,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
             depth,
             spoiled == 0,
             nullptr,
+            mask,
             [&](int64_t channel) {
               return AddToTensor<T>{
                   target + s.input_pixel(begin) * s.in_channels + channel,

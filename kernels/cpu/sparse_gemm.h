@@ -8,6 +8,7 @@
 #pragma once
 
 #include "bitmask.h"
+#include "epilogues.h"
 #include "gemm.h"
 #include "scratch.h"
 
@@ -24,21 +25,33 @@ constexpr int kWideGroups = 12;
 // the rows of B of one panel.
 constexpr int64_t kSparsePixels = 32;
 
-// Where the values of up to kSparsePixels pixels are not zero: a word for each pixel and segment, a bit for each k.
+// Where the values of up to kSparsePixels pixels are not zero: a word for each pixel and segment, a bit for each k. mask:
+// where they may be anything but zero, if that is known; else they are looked at.
 class NonzeroBits {
  public:
-  NonzeroBits(const Segment<float>* segments, int64_t num_segments, int64_t begin, int64_t end)
+  NonzeroBits(
+      const Segment<float>* segments,
+      int64_t num_segments,
+      int64_t begin,
+      int64_t end,
+      MaskRows<const uint8_t> mask)
       : words_(scratch<uint64_t>(kBits, num_segments * kSparsePixels)) {
     for (int64_t s = 0; s < num_segments; ++s) {
-      const float* row = segments[s].data + begin * segments[s].stride;
       const int64_t depth = segments[s].depth;
       uint64_t* word = words_ + s * kSparsePixels;
-      for (int64_t m = begin; m < end; ++m, row += segments[s].stride, ++word) {
-        *word = 0;
-        for (int64_t k = 0; k < depth; k += kLanes) {
-          *word |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
+      if (mask.data != nullptr) {
+        for (int64_t m = begin; m < end; ++m) {
+          *word++ = mask.word(m, static_cast<int>(ceil_div(depth, kGroup)));
         }
-        count_ += std::popcount(*word);
+        mask = {mask.data + depth / 8, mask.stride, mask.channels - depth};
+      } else {
+        const float* row = segments[s].data + begin * segments[s].stride;
+        for (int64_t m = begin; m < end; ++m, row += segments[s].stride) {
+          *word++ = word_of(row, depth);
+        }
+      }
+      for (int64_t m = begin; m < end; ++m) {
+        count_ += std::popcount(*--word);
       }
     }
   }
@@ -52,6 +65,14 @@ class NonzeroBits {
  private:
   uint64_t* words_;
   int64_t count_ = 0;
+
+  static TINYTL_INLINE uint64_t word_of(const float* row, int64_t depth) {
+    uint64_t word = 0;
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      word |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
+    }
+    return word;
+  }
 };
 
 // Whether leaving zeros out takes clearly less time than multiplying by them, in vectors that the processor multiplies or
@@ -156,7 +177,8 @@ TINYTL_INLINE void sparse_dispatch(
 
 // Panels [first, last) of C for `pixels` pixels, of rows that may be sparse. b: those panels, of up to kWideGroups groups,
 // b_depth rows each; finite: it is, so that products with zero may be left out; init: start values of all channels, or
-// null for zeros; epilogue_at(channel): what happens to the columns from that channel on.
+// null for zeros; mask: as of NonzeroBits, from the first channel of the rows on; epilogue_at(channel): what happens to
+// the columns from that channel on.
 template <class Dot, class EpilogueAt>
 void gemm_of_rows(
     int64_t pixels,
@@ -169,6 +191,7 @@ void gemm_of_rows(
     int64_t b_depth,
     bool finite,
     const float* init,
+    [[maybe_unused]] const MaskRows<const uint8_t>& mask,
     const EpilogueAt& epilogue_at) {
   int64_t depth = 0;
   for (int64_t s = 0; s < num_segments; ++s) {
@@ -210,7 +233,7 @@ void gemm_of_rows(
     static_assert(kPanelGroups * kGroup <= 64); // a segment's channels are bits of a word
     for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
       const int64_t end = std::min(begin + kSparsePixels, pixels);
-      const NonzeroBits nonzero(segments, num_segments, begin, end);
+      const NonzeroBits nonzero(segments, num_segments, begin, end, mask);
       const double of_a_pixel = static_cast<double>(nonzero.count()) / static_cast<double>(end - begin);
       for (int64_t q = first; q < last; ++q) {
         if (!pays(of_a_pixel, q)) {

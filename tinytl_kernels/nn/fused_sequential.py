@@ -73,6 +73,8 @@ def in_a_row(sequential: nn.Sequential) -> list[nn.Module]:
 def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
     """What a stem and a block that begin at ``children[at]`` make of ``image``, and the index of the child behind them;
     None where they are not computed in one call. So do the two functions below."""
+    if image.size(1) > _IMAGE_CHANNELS:
+        return None, at
     stem, *convs, after = stem_at(children, at)
     if stem is None or not ops.offers_stem_block(image):
         return None, at
@@ -84,11 +86,12 @@ def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tu
 
 
 def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
-    if not ops.offers_block_chain(image):
-        return None, len(children)
+    chain = chain_at(children, at)
+    if len(chain) < 2 or not ops.offers_block_chain(image):
+        return None, chain[-1][1] if chain else at
     before = image = ops.autocast_input(image)
     blocks = []
-    for block, after in chain_at(children, at):
+    for block, after in chain:
         block = block_of(*block, False, before) if isinstance(block, tuple) else block.chain_link(before)
         if block is None:
             break
