@@ -37,6 +37,9 @@ struct MaskRows {
   TINYTL_INLINE int64_t left(int group) const {
     return channels - group * kGroup;
   }
+  TINYTL_INLINE MaskRows after(int64_t depth) const { // seen from so many channels, whole bytes, further on
+    return {data != nullptr ? data + depth / 8 : nullptr, stride, channels - depth};
+  }
   // The bits of `groups` groups, no more than are in a word.
   TINYTL_INLINE uint64_t word(int64_t pixel, int groups) const {
     uint64_t bits = 0;

@@ -9,7 +9,6 @@
 #include "bitmask.h"
 #include "epilogues.h"
 #include "gemm.h"
-#include "scratch.h"
 #include "sparse_gemm.h"
 
 #include <bit>
@@ -221,7 +220,7 @@ inline void gemm_to_selected(
     [[maybe_unused]] const SelectToRing& epilogue) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   using namespace detail;
-  uint64_t* words = scratch<uint64_t>(kBits, kSparsePixels);
+  uint64_t words[kSparsePixels];
   alignas(64) float results[kSparsePixels * kDotRoom];
   for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
     const int64_t end = std::min(begin + kSparsePixels, pixels);

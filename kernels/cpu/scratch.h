@@ -18,7 +18,7 @@ constexpr int64_t kScratchBudget = 384 * 1024;
 
 // Pieces that a task uses beside each other. The rows that it works on, its largest, are one piece for all kernels: no
 // two are at work in a thread at once.
-enum ScratchSlot : int { kRows, kOperand, kOffsets, kSums, kGradient, kBits, kNumSlots };
+enum ScratchSlot : int { kRows, kOperand, kOffsets, kSums, kGradient, kNumSlots };
 
 // What the kernels have asked for since the count was begun anew: every thread's largest request of each slot. It is
 // what a process that runs nothing else keeps, whatever ran in this one before.

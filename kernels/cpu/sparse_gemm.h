@@ -3,14 +3,13 @@
 // A tile of gemm.h multiplies several pixels by a row of B that is in registers, zeros included. Here a pixel is alone:
 // a bit a channel says which of its values are not zero, and only their rows of B are read, each product with its
 // operand from memory. That takes one load more than products, so that it pays where rows of B are wide and the pixel
-// is sparse; each tile of pixels is counted and takes the cheaper way. Sums differ from the dense ones by rounding only:
+// is sparse; of each tile of pixels a sample is counted, and it takes the cheaper way. Sums differ from the dense ones by rounding only:
 // zero times a finite number is nothing, and where B is not finite nothing is left out.
 #pragma once
 
 #include "bitmask.h"
 #include "epilogues.h"
 #include "gemm.h"
-#include "scratch.h"
 
 #include <bit>
 #include <cmath>
@@ -21,74 +20,51 @@ namespace tinytl::cpu {
 // AVX-512: 12 + 1 of 32. AVX2: 12 + 1 of 16. NEON: 24 + 1 of 32.
 constexpr int kWideGroups = 12;
 
-// Pixels that are counted and multiplied together. Their sums stay in the first-level cache from panel to panel, beside
+// Pixels that are multiplied together. Their sums stay in the first-level cache from panel to panel, beside
 // the rows of B of one panel.
 constexpr int64_t kSparsePixels = 32;
 
-// Where the values of up to kSparsePixels pixels are not zero: a word for each pixel and segment, a bit for each k. mask:
-// where they may be anything but zero, if that is known; else they are looked at.
-class NonzeroBits {
- public:
-  NonzeroBits(
-      const Segment<float>* segments,
-      int64_t num_segments,
-      int64_t begin,
-      int64_t end,
-      MaskRows<const uint8_t> mask)
-      : words_(scratch<uint64_t>(kBits, num_segments * kSparsePixels)) {
-    for (int64_t s = 0; s < num_segments; ++s) {
-      const int64_t depth = segments[s].depth;
-      uint64_t* word = words_ + s * kSparsePixels;
-      if (mask.data != nullptr) {
-        for (int64_t m = begin; m < end; ++m) {
-          *word++ = mask.word(m, static_cast<int>(ceil_div(depth, kGroup)));
-        }
-        mask = {mask.data + depth / 8, mask.stride, mask.channels - depth};
-      } else {
-        const float* row = segments[s].data + begin * segments[s].stride;
-        for (int64_t m = begin; m < end; ++m, row += segments[s].stride) {
-          *word++ = word_of(row, depth);
-        }
-      }
-      for (int64_t m = begin; m < end; ++m) {
-        count_ += std::popcount(*--word);
-      }
+// Where the values of pixels [begin, end) of a segment are not zero: a word a pixel, a bit for each k. mask: where they
+// may be anything but zero, seen from the segment's first channel, if that is known; else they are looked at.
+inline void find_nonzeros(
+    const Segment<float>& segment,
+    int64_t begin,
+    int64_t end,
+    const MaskRows<const uint8_t>& mask,
+    uint64_t* words) {
+  static_assert(kPanelGroups * kGroup <= 64); // a segment's channels are bits of a word
+  if (mask.data != nullptr) {
+    const int groups = static_cast<int>(ceil_div(segment.depth, kGroup));
+    for (int64_t m = begin; m < end; ++m) {
+      *words++ = mask.word(m, groups);
     }
+    return;
   }
-  const uint64_t* of(int64_t segment) const { // one for each pixel
-    return words_ + segment * kSparsePixels;
-  }
-  int64_t count() const {
-    return count_;
-  }
-
- private:
-  uint64_t* words_;
-  int64_t count_ = 0;
-
-  static TINYTL_INLINE uint64_t word_of(const float* row, int64_t depth) {
+  const float* row = segment.data + begin * segment.stride;
+  for (int64_t m = begin; m < end; ++m, row += segment.stride) {
     uint64_t word = 0;
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      word |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, depth - k))) << k;
+    for (int64_t k = 0; k < segment.depth; k += kLanes) {
+      word |= static_cast<uint64_t>(nonzero_bits(load_channels(row + k, segment.depth - k))) << k;
     }
-    return word;
+    *words++ = word;
   }
-};
+}
 
 // Whether leaving zeros out takes clearly less time than multiplying by them, in vectors that the processor multiplies or
-// loads. nonzero: of `depth` values of a pixel, on average; num_segments: that they are in; vectors: of a row of C.
-inline bool sparse_pays(double nonzero, int64_t depth, int64_t num_segments, double vectors) {
+// loads. share: of a pixel's `depth` values, in so many segments, that is not zero; vectors: of a row of C.
+inline bool sparse_pays(double share, int64_t depth, int64_t num_segments, double vectors) {
   constexpr double kRate = kLanes == 16 ? 1 : 2; // vectors a cycle
   constexpr double kDenseRate = 0.88; // of what the processor could do, what tiles do
   constexpr double kBranch = 25; // cycles that the end of a segment's loop costs, which cannot be predicted
   constexpr double kClearly = 0.9;
-  const double sparse = nonzero * (vectors + 1) + static_cast<double>(num_segments) * (kBranch * kRate + 3 * vectors);
-  const double dense = static_cast<double>(depth) * vectors / kDenseRate;
+  const auto terms = static_cast<double>(depth), ends = static_cast<double>(num_segments);
+  const double sparse = share * terms * (vectors + 1) + ends * (kBranch * kRate + 3 * vectors);
+  const double dense = terms * vectors / kDenseRate;
   return sparse < kClearly * dense;
 }
 
-// The share of values that are not zero where it is worth looking: about as few as there ever are.
-constexpr double kSparseShare = 0.4;
+// The share of values that are not zero where it is worth looking: what half of the inputs have, if not fewer.
+constexpr double kSparseShare = 0.5;
 
 namespace detail {
 
@@ -99,7 +75,7 @@ __attribute__((noinline)) void sparse_groups(
     int64_t end,
     const Segment<float>* segments,
     int64_t num_segments,
-    const NonzeroBits& nonzero,
+    MaskRows<const uint8_t> mask,
     const float* b,
     const float* init,
     Epilogue epilogue) {
@@ -107,16 +83,18 @@ __attribute__((noinline)) void sparse_groups(
   constexpr int WHOLE = VECS - (HALF ? 1 : 0);
   constexpr int64_t WIDTH = GROUPS * kGroup;
   alignas(64) float totals[kSparsePixels * WIDTH];
+  uint64_t words[kSparsePixels];
   for (int64_t s = 0; s < num_segments; ++s) {
+    find_nonzeros(segments[s], begin, end, mask, words);
     const float* a = segments[s].data + begin * segments[s].stride;
-    const uint64_t* words = nonzero.of(s);
+    const uint64_t* next = words;
     float* total = totals;
     for (int64_t m = begin; m < end; ++m, a += segments[s].stride, total += WIDTH) {
       Vec sum[1][VECS];
       HalfVec half[1];
       const auto each = [&](const auto& body) TINYTL_LAMBDA_INLINE { each_sum<HALF>(sum, half, body); };
       each([](auto& value, int) TINYTL_LAMBDA_INLINE { set_zero(value); });
-      for (uint64_t word = *words++; word != 0; word &= word - 1) {
+      for (uint64_t word = *next++; word != 0; word &= word - 1) {
         const int k = std::countr_zero(word);
         const Vec value(a[k]);
         const float* row = b + k * WIDTH;
@@ -144,6 +122,7 @@ __attribute__((noinline)) void sparse_groups(
       epilogue.template tile<1, GROUPS>(m, sum);
     }
     b += segments[s].depth * WIDTH;
+    mask = mask.after(segments[s].depth);
   }
 }
 
@@ -154,7 +133,7 @@ TINYTL_INLINE void sparse_dispatch(
     int64_t end,
     const Segment<float>* segments,
     int64_t num_segments,
-    const NonzeroBits& nonzero,
+    MaskRows<const uint8_t> mask,
     const float* b,
     const float* init,
     const Epilogue& epilogue) {
@@ -163,12 +142,12 @@ TINYTL_INLINE void sparse_dispatch(
       // Of a wide panel half a vector is nothing.
       if constexpr (kHalves && GROUPS > 1 && GROUPS <= kPanelGroups && requires { epilogue.columns(); }) {
         if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
-          return sparse_groups<GROUPS, true>(begin, end, segments, num_segments, nonzero, b, init, epilogue);
+          return sparse_groups<GROUPS, true>(begin, end, segments, num_segments, mask, b, init, epilogue);
         }
       }
-      sparse_groups<GROUPS, false>(begin, end, segments, num_segments, nonzero, b, init, epilogue);
+      sparse_groups<GROUPS, false>(begin, end, segments, num_segments, mask, b, init, epilogue);
     } else {
-      sparse_dispatch<GROUPS - 1>(groups, begin, end, segments, num_segments, nonzero, b, init, epilogue);
+      sparse_dispatch<GROUPS - 1>(groups, begin, end, segments, num_segments, mask, b, init, epilogue);
     }
   }
 }
@@ -177,8 +156,8 @@ TINYTL_INLINE void sparse_dispatch(
 
 // Panels [first, last) of C for `pixels` pixels, of rows that may be sparse. b: those panels, of up to kWideGroups groups,
 // b_depth rows each; finite: it is, so that products with zero may be left out; init: start values of all channels, or
-// null for zeros; mask: as of NonzeroBits, from the first channel of the rows on; epilogue_at(channel): what happens to
-// the columns from that channel on.
+// null for zeros; mask: as find_nonzeros takes it, from the first channel on; epilogue_at(channel): what happens to the
+// columns from that channel on.
 template <class Dot, class EpilogueAt>
 void gemm_of_rows(
     int64_t pixels,
@@ -193,8 +172,9 @@ void gemm_of_rows(
     const float* init,
     [[maybe_unused]] const MaskRows<const uint8_t>& mask,
     const EpilogueAt& epilogue_at) {
-  int64_t depth = 0;
+  int64_t depth = 0, sample_channel = 0;
   for (int64_t s = 0; s < num_segments; ++s) {
+    sample_channel = s == num_segments / 2 ? depth : sample_channel;
     depth += segments[s].depth;
   }
   const auto panel_of = [&](int64_t q) { return b + (panels.start(q) - panels.start(first)) * b_depth; };
@@ -215,14 +195,14 @@ void gemm_of_rows(
           epilogue_at(channel));
     }
   };
-  const auto pays = [&](double nonzero, int64_t q) {
+  const auto pays = [&](double share, int64_t q) {
     const int64_t columns = std::min(panels.width(q), panels.channels - panels.start(q));
     const auto halves = static_cast<double>(ceil_div(2 * columns, kLanes));
-    return sparse_pays(nonzero, depth, num_segments, kHalves ? halves / 2 : std::ceil(halves / 2));
+    return sparse_pays(share, depth, num_segments, kHalves ? halves / 2 : std::ceil(halves / 2));
   };
   // Two bfloat16 are rarely zero together.
   const bool worth_counting =
-      std::is_same_v<Dot, FloatDot> && finite && pays(kSparseShare * static_cast<double>(depth), first);
+      std::is_same_v<Dot, FloatDot> && finite && num_segments > 0 && pays(kSparseShare, first);
   if (!worth_counting) {
     for (int64_t q = first; q < last; ++q) {
       dense(q, 0, pixels);
@@ -230,13 +210,18 @@ void gemm_of_rows(
     return;
   }
   if constexpr (std::is_same_v<Dot, FloatDot>) {
-    static_assert(kPanelGroups * kGroup <= 64); // a segment's channels are bits of a word
+    // The segment in the middle stands for all.
+    const Segment<float>& sample = segments[num_segments / 2];
+    const auto sample_mask = mask.after(sample_channel);
     for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
       const int64_t end = std::min(begin + kSparsePixels, pixels);
-      const NonzeroBits nonzero(segments, num_segments, begin, end, mask);
-      const double of_a_pixel = static_cast<double>(nonzero.count()) / static_cast<double>(end - begin);
+      uint64_t words[kSparsePixels];
+      find_nonzeros(sample, begin, end, sample_mask, words);
+      int64_t count = 0;
+      std::for_each(words, words + (end - begin), [&](uint64_t word) { count += std::popcount(word); });
+      const double share = static_cast<double>(count) / static_cast<double>((end - begin) * sample.depth);
       for (int64_t q = first; q < last; ++q) {
-        if (!pays(of_a_pixel, q)) {
+        if (!pays(share, q)) {
           dense(q, begin, end);
           continue;
         }
@@ -247,7 +232,7 @@ void gemm_of_rows(
             end,
             segments,
             num_segments,
-            nonzero,
+            mask,
             panel_of(q),
             start_of(start),
             epilogue_at(start));
