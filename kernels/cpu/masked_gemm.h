@@ -222,8 +222,9 @@ inline void gemm_to_selected(
   using namespace detail;
   uint64_t words[kSparsePixels];
   alignas(64) float results[kSparsePixels * kDotRoom];
-  for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
-    const int64_t end = std::min(begin + kSparsePixels, pixels);
+  const int64_t tiles = ceil_div(pixels, kSparsePixels);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = pixels * tile / tiles, end = pixels * (tile + 1) / tiles;
     for (int64_t m = begin; m < end; ++m) {
       words[m - begin] = epilogue.mask.word(m, groups);
     }

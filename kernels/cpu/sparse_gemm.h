@@ -20,9 +20,9 @@ namespace tinytl::cpu {
 // AVX-512: 12 + 1 of 32. AVX2: 12 + 1 of 16. NEON: 24 + 1 of 32.
 constexpr int kWideGroups = 12;
 
-// Pixels that are multiplied together. Their sums stay in the first-level cache from panel to panel, beside
-// the rows of B of one panel.
-constexpr int64_t kSparsePixels = 32;
+// Pixels that are multiplied together, at most: an image of 7 x 7. More of them fetch B's rows less often, but their own
+// sums, from panel to panel, from further away.
+constexpr int64_t kSparsePixels = 56;
 
 // Where the values of pixels [begin, end) of a segment are not zero: a word a pixel, a bit for each k. mask: where they
 // may be anything but zero, seen from the segment's first channel, if that is known; else they are looked at.
@@ -213,8 +213,9 @@ void gemm_of_rows(
     // The segment in the middle stands for all.
     const Segment<float>& sample = segments[num_segments / 2];
     const auto sample_mask = mask.after(sample_channel);
-    for (int64_t begin = 0; begin < pixels; begin += kSparsePixels) {
-      const int64_t end = std::min(begin + kSparsePixels, pixels);
+    const int64_t tiles = ceil_div(pixels, kSparsePixels);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = pixels * tile / tiles, end = pixels * (tile + 1) / tiles;
       uint64_t words[kSparsePixels];
       find_nonzeros(sample, begin, end, sample_mask, words);
       int64_t count = 0;
