@@ -3,8 +3,8 @@
 // A tile of gemm.h multiplies several pixels by a row of B that is in registers, zeros included. Here a pixel is alone:
 // a bit a channel says which of its values are not zero, and only their rows of B are read, each product with its
 // operand from memory. That takes one load more than products, so that it pays where rows of B are wide and the pixel
-// is sparse; of each tile of pixels a sample is counted, and it takes the cheaper way. Sums differ from the dense ones by rounding only:
-// zero times a finite number is nothing, and where B is not finite nothing is left out.
+// is sparse; of each tile of pixels a sample is counted, and it takes the cheaper way. Sums differ from the dense ones by
+// rounding only: zero times a finite number is nothing, and where B is not finite nothing is left out.
 #pragma once
 
 #include "bitmask.h"
