@@ -29,12 +29,10 @@ inline bool dots_pay(double wanted, int64_t depth) {
   if (kDots == 0) {
     return false;
   }
-  constexpr double kRate = kLanes == 16 ? 1 : 2; // vectors that the processor multiplies a cycle
   constexpr double kAcrossLanes = 3; // cycles that a sum across lanes takes
   constexpr double kBranches = 45; // cycles a pixel and panel: ends of loops that cannot be predicted, places
-  constexpr double kDenseRate = 0.88; // of what the processor could do, what tiles do
   const auto vectors = static_cast<double>(ceil_div(depth, kLanes));
-  const double dots = wanted * (vectors + kAcrossLanes * kRate) + kBranches * kRate / (kPanelGroups * kGroup);
+  const double dots = wanted * (vectors + kAcrossLanes * kVectorRate) + kBranches * kVectorRate / (kPanelGroups * kGroup);
   return dots < vectors / kDenseRate;
 }
 
@@ -144,26 +142,6 @@ __attribute__((noinline)) void dot_rows(
   }
 }
 
-template <int GROUPS>
-TINYTL_INLINE void dot_dispatch(
-    int groups,
-    int64_t pixels,
-    const float* a,
-    int64_t a_stride,
-    int64_t last,
-    const uint64_t* words,
-    const float* b,
-    bool add,
-    float* results) {
-  if constexpr (GROUPS > 0) {
-    if (groups == GROUPS) {
-      dot_rows<GROUPS>(pixels, a, a_stride, last, words, b, add, results);
-    } else {
-      dot_dispatch<GROUPS - 1>(groups, pixels, a, a_stride, last, words, b, add, results);
-    }
-  }
-}
-
 // Results to their places in the ring, zeros to the others, and their sums.
 template <int GROUPS>
 void spread_to_ring(int64_t begin, int64_t end, const uint64_t* words, const float* results, const SelectToRing& to) {
@@ -188,18 +166,6 @@ void spread_to_ring(int64_t begin, int64_t end, const uint64_t* words, const flo
   }
   if (to.sums != nullptr) {
     add_to(to.sums, total);
-  }
-}
-
-template <int GROUPS>
-TINYTL_INLINE void spread_dispatch(
-    int groups, int64_t begin, int64_t end, const uint64_t* words, const float* results, const SelectToRing& to) {
-  if constexpr (GROUPS > 0) {
-    if (groups == GROUPS) {
-      spread_to_ring<GROUPS>(begin, end, words, results, to);
-    } else {
-      spread_dispatch<GROUPS - 1>(groups, begin, end, words, results, to);
-    }
   }
 }
 
@@ -230,18 +196,21 @@ inline void gemm_to_selected(
     }
     for (int64_t q = 0; q < panels.count; ++q) {
       const int64_t start = panels.start(q), valid = std::min(panels.width(q), panels.channels - start);
-      dot_dispatch<kWideGroups>(
-          panels.groups(q),
-          end - begin,
-          a.data + begin * a.stride + start,
-          a.stride,
-          valid - (panels.width(q) - kLanes),
-          words,
-          b + start * b_depth + first * panels.width(q),
-          q > 0,
-          results);
+      with_groups<kWideGroups>(panels.groups(q), [&](auto number) TINYTL_LAMBDA_INLINE {
+        dot_rows<number>(
+            end - begin,
+            a.data + begin * a.stride + start,
+            a.stride,
+            valid - (panels.width(q) - kLanes),
+            words,
+            b + start * b_depth + first * panels.width(q),
+            q > 0,
+            results);
+      });
     }
-    spread_dispatch<kPanelGroups>(groups, begin, end, words, results, epilogue);
+    with_groups<kPanelGroups>(groups, [&](auto number) TINYTL_LAMBDA_INLINE {
+      spread_to_ring<number>(begin, end, words, results, epilogue);
+    });
   }
 #else
   TORCH_INTERNAL_ASSERT(false, "dots_pay() says no here");

@@ -50,15 +50,29 @@ inline void find_nonzeros(
   }
 }
 
+// Calls body with the number of groups, 1 to MOST, as a compile-time value.
+template <int MOST, class Body>
+TINYTL_INLINE void with_groups(int groups, const Body& body) {
+  if constexpr (MOST > 0) {
+    if (groups == MOST) {
+      body(std::integral_constant<int, MOST>());
+    } else {
+      with_groups<MOST - 1>(groups, body);
+    }
+  }
+}
+
+// Vectors that the processor multiplies a cycle, and what tiles reach of that.
+constexpr double kVectorRate = kLanes == 16 ? 1 : 2;
+constexpr double kDenseRate = 0.88;
+
 // Whether leaving zeros out takes clearly less time than multiplying by them, in vectors that the processor multiplies or
 // loads. share: of a pixel's `depth` values, in so many segments, that is not zero; vectors: of a row of C.
 inline bool sparse_pays(double share, int64_t depth, int64_t num_segments, double vectors) {
-  constexpr double kRate = kLanes == 16 ? 1 : 2; // vectors a cycle
-  constexpr double kDenseRate = 0.88; // of what the processor could do, what tiles do
   constexpr double kBranch = 25; // cycles that the end of a segment's loop costs, which cannot be predicted
   constexpr double kClearly = 0.9;
   const auto terms = static_cast<double>(depth), ends = static_cast<double>(num_segments);
-  const double sparse = share * terms * (vectors + 1) + ends * (kBranch * kRate + 3 * vectors);
+  const double sparse = share * terms * (vectors + 1) + ends * (kBranch * kVectorRate + 3 * vectors);
   const double dense = terms * vectors / kDenseRate;
   return sparse < kClearly * dense;
 }
@@ -123,32 +137,6 @@ __attribute__((noinline)) void sparse_groups(
     }
     b += segments[s].depth * WIDTH;
     mask = mask.after(segments[s].depth);
-  }
-}
-
-template <int GROUPS, class Epilogue>
-TINYTL_INLINE void sparse_dispatch(
-    int groups,
-    int64_t begin,
-    int64_t end,
-    const Segment<float>* segments,
-    int64_t num_segments,
-    MaskRows<const uint8_t> mask,
-    const float* b,
-    const float* init,
-    const Epilogue& epilogue) {
-  if constexpr (GROUPS > 0) {
-    if (groups == GROUPS) {
-      // Of a wide panel half a vector is nothing.
-      if constexpr (kHalves && GROUPS > 1 && GROUPS <= kPanelGroups && requires { epilogue.columns(); }) {
-        if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
-          return sparse_groups<GROUPS, true>(begin, end, segments, num_segments, mask, b, init, epilogue);
-        }
-      }
-      sparse_groups<GROUPS, false>(begin, end, segments, num_segments, mask, b, init, epilogue);
-    } else {
-      sparse_dispatch<GROUPS - 1>(groups, begin, end, segments, num_segments, mask, b, init, epilogue);
-    }
   }
 }
 
@@ -227,16 +215,21 @@ void gemm_of_rows(
           continue;
         }
         const int64_t start = panels.start(q);
-        detail::sparse_dispatch<kWideGroups>(
-            panels.groups(q),
-            begin,
-            end,
-            segments,
-            num_segments,
-            mask,
-            panel_of(q),
-            start_of(start),
-            epilogue_at(start));
+        const auto epilogue = epilogue_at(start);
+        with_groups<kWideGroups>(panels.groups(q), [&](auto number) TINYTL_LAMBDA_INLINE {
+          constexpr int GROUPS = number;
+          const auto multiply = [&](auto half) TINYTL_LAMBDA_INLINE {
+            detail::sparse_groups<GROUPS, half>(
+                begin, end, segments, num_segments, mask, panel_of(q), start_of(start), epilogue);
+          };
+          // Of a wide panel half a vector is nothing.
+          if constexpr (kHalves && GROUPS > 1 && GROUPS <= kPanelGroups && requires { epilogue.columns(); }) {
+            if (epilogue.columns() <= GROUPS * kGroup - kLanes / 2) {
+              return multiply(std::true_type());
+            }
+          }
+          multiply(std::false_type());
+        });
       }
     }
   }
