@@ -301,7 +301,7 @@ struct PackedUnits {
         std::vector<float> buffer(shape.taps() * kTermBlock * kGroup + kGroup * kGroup);
         with_values<T>(weight, [&](const auto& values) {
           if constexpr (std::is_same_v<Element, float>) {
-            if (const float* plain = plain_values(values); plain != nullptr && window_major) {
+            if (const float* plain = plain_values<float>(values); plain != nullptr && window_major) {
               for (int64_t i = begin, next; i < end; i = next) {
                 const int64_t unit = i / blocks;
                 next = std::min((unit + 1) * blocks, end);

@@ -10,6 +10,7 @@
 
 #include "common.h"
 
+#include <cstring>
 #include <type_traits>
 
 namespace tinytl::cpu {
@@ -59,10 +60,10 @@ struct CodebookValues {
   }
 };
 
-// The values themselves where they are float32 for float32 arithmetic, else null.
-template <class Values>
-const float* plain_values(const Values& values) {
-  if constexpr (std::is_same_v<Values, PlainValues<float, float>>) {
+// The values themselves where they are stored as the arithmetic reads them, else null.
+template <class Element, class Values>
+const Element* plain_values(const Values& values) {
+  if constexpr (std::is_same_v<Values, PlainValues<Element, Element>>) {
     return values.data;
   } else {
     return nullptr;
@@ -87,39 +88,27 @@ auto with_values(const FrozenWeight& weight, Body&& body) {
   }
 }
 
-// GEMM operands of a 1x1 convolution, (O, I): forward B[k, n] = w[n, k], backward B[k, n] = w[k, n]. Panels
-// [first, last) of the outputs (forward) or of the inputs (backward). The weight must outlive the tasks. spoiled: as
-// pack_panels says.
-template <class Dot, class T>
-Tasks pack_forward(
-    const FrozenWeight& weight,
-    int64_t padded_depth,
-    const Panels& panels,
-    int64_t first,
-    int64_t last,
-    typename Dot::Element* packed,
-    uint8_t* spoiled = nullptr) {
-  return with_values<T>(weight, [&](const auto& values) {
-    const auto read = [values](int64_t k, int64_t n) { return values(n, k); };
-    return pack_panels<Dot>(
-        read, plain_values(values), weight.inner, true, weight.inner, padded_depth, panels, first, last, packed, spoiled);
-  });
+// `count` values of output channel o from value i on, as the arithmetic reads them.
+template <class Values, class Element>
+void copy_values(const Values& values, int64_t o, int64_t i, int64_t count, Element* to) {
+  for (int64_t c = 0; c < count; ++c) {
+    to[c] = static_cast<Element>(values(o, i + c));
+  }
 }
 
-template <class Dot, class T>
-Tasks pack_backward(
-    const FrozenWeight& weight,
-    int64_t padded_depth,
-    const Panels& panels,
-    int64_t first,
-    int64_t last,
-    typename Dot::Element* packed,
-    uint8_t* spoiled = nullptr) {
-  return with_values<T>(weight, [&](const auto& values) {
-    const auto read = [values](int64_t k, int64_t n) { return values(k, n); };
-    return pack_panels<Dot>(
-        read, plain_values(values), weight.inner, false, weight.out_channels, padded_depth, panels, first, last, packed, spoiled);
-  });
+template <class T, class Stored, class Element>
+void copy_values(const PlainValues<T, Stored>& values, int64_t o, int64_t i, int64_t count, Element* to) {
+  const Stored* from = values.data + o * values.inner + i;
+  // Rounded once or not at all: as a vector conversion does it.
+  if constexpr (std::is_same_v<T, Stored> || std::is_same_v<T, Element>) {
+    for (int64_t c = 0; c < count; c += kLanes) {
+      store_channels(to + c, load_channels(from + c, count - c), count - c);
+    }
+  } else {
+    for (int64_t c = 0; c < count; ++c) {
+      to[c] = static_cast<Element>(static_cast<T>(from[c]));
+    }
+  }
 }
 
 // Depthwise taps (C, 1, kh, kw) as [group][tap][kGroup], float32, padded with zeros.

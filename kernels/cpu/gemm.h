@@ -12,13 +12,11 @@
 // AVX-512: 8 x 3 + 3 + 1 of 32. AVX2: 4 x 3 + 3 + 1 of 16. NEON: 6 x 4 + 4 + 1 of 32.
 #pragma once
 
-#include "parallel.h"
 #include "vector.h"
 
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -307,132 +305,7 @@ constexpr int64_t packed_elements(int64_t depth, int64_t channels) {
   return packed_depth<Dot>(depth) * padded_channels(channels);
 }
 
-// Rows [begin, end) of one panel of a B whose neighbours in memory are neighbours along k. What a step of the dot product
-// takes from one channel, one float or a pair of bfloat16, is a word, and words are transposed in registers.
-template <class Dot, class Read>
-void transpose_panel(
-    const Read& read,
-    int64_t begin,
-    int64_t end,
-    int64_t start,
-    int64_t valid,
-    int64_t width,
-    typename Dot::Element* target) {
-  using Element = typename Dot::Element;
-  constexpr int STEP = Dot::kStep;
-  static_assert(sizeof(Element) * STEP == sizeof(float));
-  constexpr int64_t DEPTH = 64;
-  constexpr int64_t CHANNELS = kPanelGroups * kGroup;
-  alignas(64) Element rows[CHANNELS * DEPTH];
-  for (int64_t k0 = begin; k0 < end; k0 += DEPTH, target += DEPTH * width) {
-    const int64_t count = std::min(DEPTH, end - k0);
-    const int64_t words = ceil_div(count, STEP);
-    for (int64_t n0 = 0; n0 < valid; n0 += CHANNELS) {
-      const int64_t channels = std::min(CHANNELS, valid - n0);
-      for (int64_t n = 0; n < channels; ++n) {
-        for (int64_t k = 0; k < count; ++k) {
-          rows[n * DEPTH + k] = static_cast<Element>(read(k0 + k, start + n0 + n));
-        }
-        for (int64_t k = count; k < words * STEP; ++k) {
-          rows[n * DEPTH + k] = Element(0);
-        }
-      }
-      transpose(
-          reinterpret_cast<const float*>(rows),
-          DEPTH / STEP,
-          reinterpret_cast<float*>(target) + n0,
-          width,
-          channels,
-          words);
-    }
-  }
-}
-
-// Whether no value is an infinity or NaN: only then is a product with zero nothing. count: whole vectors.
-inline bool all_finite(const float* values, int64_t count) {
-  Vec sum(0.f);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    sum = at::vec::fmadd(Vec::loadu(values + i), Vec(0.f), sum);
-  }
-  alignas(64) float lanes[kLanes];
-  sum.store(lanes);
-  return std::all_of(lanes, lanes + kLanes, [](float lane) { return lane == 0.f; });
-}
-
-// Elements of a weight that a task packs, about, and rows of B that it packs at least: as many as a transposition takes,
-// from as few places in memory as that allows.
+// Elements of a B that a task packs, about.
 constexpr int64_t kPackedElements = 8192;
-constexpr int64_t kPackedRows = 16, kPackedTransposedRows = 32;
-
-// Packs panels [first, last) of B[k, n] = read(k, n), n < channels, k < depth (rounded up to padded_depth with zeros).
-// runs_along_k: neighbours in memory are neighbours along k, so that k is the inner loop; else n is. plain: the values
-// themselves where they are float32, rows `row` apart along the other side; else null. spoiled: becomes 1 if any value is
-// not finite (of float32; null: nobody asks). A task packs some rows of all panels.
-template <class Dot, class Read>
-Tasks pack_panels(
-    const Read& read,
-    const float* plain,
-    int64_t row,
-    bool runs_along_k,
-    int64_t depth,
-    int64_t padded_depth,
-    const Panels& panels,
-    int64_t first,
-    int64_t last,
-    typename Dot::Element* packed,
-    uint8_t* spoiled = nullptr) {
-  using Element = typename Dot::Element;
-  constexpr int STEP = Dot::kStep;
-  const int64_t origin = panels.start(first);
-  const int64_t width = std::max<int64_t>(panels.start(last) - origin, 1);
-  const int64_t least = runs_along_k ? kPackedTransposedRows : kPackedRows;
-  const int64_t grain = round_up(std::max(kPackedElements / width, int64_t(1)), least);
-  return pieces_of(padded_depth, grain, [=](int64_t begin, int64_t padded_end) {
-    const int64_t end = std::min(padded_end, depth);
-    // Of a panel: its channels that exist, and where its rows from `begin` on go.
-    const auto valid_of = [&](int64_t p) { return std::min(panels.width(p), panels.channels - panels.start(p)); };
-    const auto target_of = [&](int64_t p) {
-      return packed + (panels.start(p) - origin) * padded_depth + begin * panels.width(p);
-    };
-    const auto elements_of = [&](int64_t p) { return (padded_end - begin) * panels.width(p); };
-    for (int64_t p = first; p < last; ++p) {
-      if (valid_of(p) < panels.width(p) || padded_end > depth) {
-        std::memset(static_cast<void*>(target_of(p)), 0, sizeof(Element) * elements_of(p));
-      }
-    }
-    for (int64_t p = first; p < last; ++p) {
-      const int64_t start = panels.start(p), panel_width = panels.width(p), valid = valid_of(p);
-      Element* target = target_of(p);
-      if constexpr (std::is_same_v<Element, float>) {
-        if (plain != nullptr) {
-          if (runs_along_k) {
-            transpose(plain + start * row + begin, row, target, panel_width, valid, end - begin);
-          } else {
-            for (int64_t k = begin; k < end; ++k) {
-              copy_row(plain + k * row + start, valid, target + (k - begin) * panel_width);
-            }
-          }
-          continue;
-        }
-      }
-      if (runs_along_k) {
-        transpose_panel<Dot>(read, begin, end, start, valid, panel_width, target);
-      } else {
-        for (int64_t k = begin; k < end; ++k) {
-          for (int64_t n = 0; n < valid; ++n) {
-            target[((k - begin) / STEP * panel_width + n) * STEP + k % STEP] = static_cast<Element>(read(k, start + n));
-          }
-        }
-      }
-    }
-    if constexpr (std::is_same_v<Element, float>) {
-      for (int64_t p = first; spoiled != nullptr && p < last; ++p) {
-        if (!all_finite(target_of(p), elements_of(p))) {
-          std::atomic_ref(*spoiled).store(1, std::memory_order_relaxed);
-        }
-      }
-    }
-  });
-}
 
 } // namespace tinytl::cpu

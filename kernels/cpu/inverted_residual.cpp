@@ -2,6 +2,7 @@
 #include "inverted_residual.h"
 
 #include "masked_gemm.h"
+#include "packing.h"
 
 namespace tinytl::cpu {
 namespace {

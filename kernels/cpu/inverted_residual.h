@@ -14,6 +14,7 @@
 #include "depthwise.h"
 #include "frozen_weight.h"
 #include "gemm.h"
+#include "parallel.h"
 #include "scratch.h"
 #include "sparse_gemm.h"
 

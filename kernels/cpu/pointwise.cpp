@@ -12,7 +12,7 @@
 
 #include "conv_activation.h"
 #include "epilogues.h"
-#include "frozen_weight.h"
+#include "packing.h"
 #include "parallel.h"
 #include "sparse_gemm.h"
 

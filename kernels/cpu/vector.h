@@ -224,11 +224,77 @@ TINYTL_INLINE void copy_row(const float* from, int64_t count, float* to) {
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// A block of 4 LANES rows and 4 columns of what `transpose` does: lane l of a vector takes the four values of row
+// 4 l + i, so that four transpositions within the lanes are left. (ATen's passes its block through memory.)
+template <int LANES>
+TINYTL_INLINE void transpose_lanes(const float* source, int64_t source_stride, float* target, int64_t target_stride) {
+  __m512 row[4];
+  TINYTL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const auto values = [&](int lane) { return _mm_loadu_ps(source + (4 * lane + i) * source_stride); };
+    row[i] = _mm512_castps128_ps512(values(0));
+    if constexpr (LANES > 1) {
+      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0x00f0, values(1));
+    }
+    if constexpr (LANES > 2) {
+      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0x0f00, values(2));
+    }
+    if constexpr (LANES > 3) {
+      row[i] = _mm512_mask_broadcast_f32x4(row[i], 0xf000, values(3));
+    }
+  }
+  const auto pairs = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpacklo_ps(a, b)); };
+  const auto more_pairs = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpackhi_ps(a, b)); };
+  const __m512d first = pairs(row[0], row[1]), first_below = pairs(row[2], row[3]);
+  const __m512d last = more_pairs(row[0], row[1]), last_below = more_pairs(row[2], row[3]);
+  const __m512d columns[4] = {
+      _mm512_unpacklo_pd(first, first_below),
+      _mm512_unpackhi_pd(first, first_below),
+      _mm512_unpacklo_pd(last, last_below),
+      _mm512_unpackhi_pd(last, last_below)};
+  constexpr __mmask16 stored = (1 << 4 * LANES) - 1;
+  TINYTL_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    _mm512_mask_storeu_ps(target + n * target_stride, stored, _mm512_castpd_ps(columns[n]));
+  }
+}
+
+template <int LANES>
+inline void transpose_lanes(
+    const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t columns) {
+  for (int64_t n = 0; n < columns; n += 4) {
+    transpose_lanes<LANES>(source + n, source_stride, target + n * target_stride, target_stride);
+  }
+}
+#endif
+
 // target[n * target_stride + m] = source[m * source_stride + n] for m < rows, n < columns.
 inline void transpose(
     const float* source, int64_t source_stride, float* target, int64_t target_stride, int64_t rows, int64_t columns) {
   int64_t whole_rows = 0, whole_columns = 0;
-#if defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+  whole_rows = rows / 4 * 4;
+  whole_columns = columns / 4 * 4;
+  const auto lanes = [&](auto count, int64_t m) {
+    transpose_lanes<count.value>(source + m * source_stride, source_stride, target + m, target_stride, whole_columns);
+  };
+  int64_t m = 0;
+  for (; m + 16 <= whole_rows; m += 16) {
+    lanes(std::integral_constant<int, 4>{}, m);
+  }
+  switch (whole_rows - m) {
+    case 12:
+      lanes(std::integral_constant<int, 3>{}, m);
+      break;
+    case 8:
+      lanes(std::integral_constant<int, 2>{}, m);
+      break;
+    case 4:
+      lanes(std::integral_constant<int, 1>{}, m);
+      break;
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
   // Of 256-bit vectors ATen transposes this block in registers, and any other size element by element.
   constexpr int BLOCK = 8;
   whole_rows = rows / BLOCK * BLOCK;
