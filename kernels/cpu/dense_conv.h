@@ -174,10 +174,17 @@ void copy_pixels(const BandRows<Dot>& band, const T* from, int64_t pixels, typen
     }
     return;
   }
-  for (int64_t run = 0; run < pixels * band.groups; ++run) {
-    for (int64_t c = 0; c < depth; ++c) {
-      to[run * depth + c] = c < channels ? static_cast<Element>(from[run * channels + c]) : Element(0);
+  const auto padded_runs = [&](auto channels, auto depth) TINYTL_LAMBDA_INLINE {
+    for (int64_t run = 0; run < pixels * band.groups; ++run, from += channels, to += depth) {
+      for (int64_t c = 0; c < depth; ++c) {
+        to[c] = c < channels ? static_cast<Element>(from[c]) : Element(0);
+      }
     }
+  };
+  if (channels == 3 && depth == 4) { // an image's, the most pixels of all
+    padded_runs(std::integral_constant<int64_t, 3>(), std::integral_constant<int64_t, 4>());
+  } else {
+    padded_runs(channels, depth);
   }
 }
 

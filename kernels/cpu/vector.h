@@ -202,7 +202,8 @@ TINYTL_INLINE void store_part(float* target, Vec value, int64_t count) {
 #endif
 }
 
-// The first count <= kLanes lanes to memory, rounded to nearest even.
+// The first count <= kLanes lanes to memory, rounded to nearest even. On processors with instructions for bfloat16 a
+// denormal becomes zero, as those that multiply take it.
 template <class T>
 TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) {
   if constexpr (std::is_same_v<T, float>) {
@@ -211,6 +212,15 @@ TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) 
     } else {
       store_part(target, value, count);
     }
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto narrow = (__m256i)_mm512_cvtneps_pbh(value);
+    if (count >= kLanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), narrow);
+    } else {
+      _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), narrow);
+    }
+#endif
   } else {
     const auto narrow = at::vec::convert_from_float<T>(value, value);
     narrow.store(target, static_cast<int>(count < kLanes ? count : kLanes));
