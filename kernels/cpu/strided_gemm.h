@@ -81,13 +81,18 @@ void strided_tile(
       }
       TINYTL_UNROLL
       for (int m = 0; m < ROWS; ++m) {
-        const Vec value(m < 8 ? upper[m * row] : lower[(m - 8) * row]);
-        TINYTL_UNROLL
-        for (int v = 0; v < WHOLE; ++v) {
-          sum[m][v] = at::vec::fmadd(value, values[v], sum[m][v]);
-        }
-        if constexpr (HALF) {
-          half[m] = fmadd(lower_half(value), half_value, half[m]);
+        const float term = m < 8 ? upper[m * row] : lower[(m - 8) * row];
+        if constexpr (WHOLE == 0) {
+          half[m] = fmadd(half_of(term), half_value, half[m]);
+        } else {
+          const Vec value(term);
+          TINYTL_UNROLL
+          for (int v = 0; v < WHOLE; ++v) {
+            sum[m][v] = at::vec::fmadd(value, values[v], sum[m][v]);
+          }
+          if constexpr (HALF) {
+            half[m] = fmadd(lower_half(value), half_value, half[m]);
+          }
         }
       }
       upper += a_step;

@@ -49,8 +49,10 @@ TrainedNorm::TrainedNorm(
       channels,
       " channels, got ",
       groups);
-  // Whole pixels; a chain of additions is about kTaskRows long.
-  task_pixels = groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1);
+  // Whole pixels. A chain of additions is about kTaskRows long, and shorter where there were few tasks otherwise.
+  const int64_t least = std::max<int64_t>(kLeastTaskRows / batch, 1);
+  const int64_t most = groups > 0 ? kTaskRows : std::max<int64_t>(kTaskRows / batch, 1);
+  task_pixels = std::clamp(ceil_div(pixels, kUsualTasks), std::min(least, most), most);
   const int64_t count = sets() * channels;
   coefficients_.resize(2 * channels + 6 * count);
   this->weight = coefficients_.data();

@@ -19,6 +19,10 @@ namespace tinytl::cpu {
 
 constexpr int64_t kTaskRows = 96;
 
+// A small image is cut into about so many tasks, of so many rows at least: with one task a thread has nothing to do.
+constexpr int64_t kUsualTasks = 8;
+constexpr int64_t kLeastTaskRows = 16;
+
 struct TrainedNorm {
   int64_t channels, batch, pixels;
   int64_t groups; // 0: BatchNorm

@@ -77,6 +77,7 @@ struct HalfVec {};
 #endif
 
 HalfVec lower_half(Vec value);
+HalfVec half_of(float value); // in all lanes: two of them are loaded in the time of one whole vector
 Vec with_zeros_above(HalfVec value);
 HalfVec fmadd(HalfVec a, HalfVec b, HalfVec sum);
 
@@ -101,6 +102,9 @@ TINYTL_INLINE void set_zero(Vec& value) {
 #if defined(CPU_CAPABILITY_AVX512)
 TINYTL_INLINE HalfVec lower_half(Vec value) {
   return _mm512_castps512_ps256(value);
+}
+TINYTL_INLINE HalfVec half_of(float value) {
+  return _mm256_set1_ps(value);
 }
 TINYTL_INLINE Vec with_zeros_above(HalfVec value) {
   return _mm512_zextps256_ps512(value);
