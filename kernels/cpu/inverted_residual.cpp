@@ -157,7 +157,10 @@ PackedWeights pack_block_backward(
   with_storage_type(dtype, "grad_output", [&](auto zero) {
     using T = decltype(zero);
     using Dot = typename DotFor<T>::type;
-    const auto layout = BlockPack<Dot>::backward(s);
+    if (weights.expand.has_value()) {
+      packed.stored_expand = packed_as_stored<T>(*weights.expand);
+    }
+    const auto layout = BlockPack<Dot>::backward(s, packed.stored_expand == nullptr);
     packed.data = empty_tensor({layout.bytes()}, weights.project.values.options().dtype(at::kByte));
     *layout.spoiled(packed.data) = 0;
     const Panels panels(s.expanded), in_panels(s.in_channels, kWideGroups);
@@ -175,7 +178,9 @@ PackedWeights pack_block_backward(
           pack_backward<Dot, T>(weights.project, depth, panels, 0, panels.count, layout.into(packed.data)));
     }
     packed.packing.push_back(depthwise_packing<T>(weights.depthwise, layout.depthwise(packed.data)));
-    if (weights.expand.has_value() && need_input) {
+    if (packed.stored_expand != nullptr && need_input) {
+      packed.packing.push_back(look_for_spoiled(*weights.expand, layout.spoiled(packed.data)));
+    } else if (weights.expand.has_value() && need_input) {
       packed.packing.push_back(pack_backward<Dot, T>(
           *weights.expand,
           panels.padded(),

@@ -84,14 +84,15 @@ struct BlockPack {
         s.taps() * padded_channels(s.expanded),
         packed_elements<Dot>(padded_channels(s.expanded), s.out_channels)};
   }
-  static BlockPack backward(const BlockShape& s) {
+  // with_out: the GEMM out of them is packed, too.
+  static BlockPack backward(const BlockShape& s, bool with_out) {
     return {
         // Either way round: as columns of a product, or as rows that dot products are made with.
         std::max(
             packed_elements<Dot>(s.out_channels, s.expanded),
             padded_channels(s.expanded) * padded_channels(s.out_channels)),
         s.taps() * padded_channels(s.expanded),
-        s.has_expand ? packed_elements<Dot>(padded_channels(s.expanded), s.in_channels) : 0};
+        s.has_expand && with_out ? packed_elements<Dot>(padded_channels(s.expanded), s.in_channels) : 0};
   }
 
   int64_t depthwise_at() const { // byte offsets, 64-byte aligned
@@ -272,7 +273,10 @@ struct BlockMasks {
 struct PackedWeights {
   at::Tensor data;
   std::vector<Tasks> packing;
-  bool dots = false; // of a backward: the projection is packed for gemm_to_selected
+  // Of a backward: whether the projection is packed for gemm_to_selected; the expansion's weight where it serves as it is
+  // stored, else null.
+  bool dots = false;
+  const float* stored_expand = nullptr;
 };
 
 // For activations of `dtype`. The projection only where `with_project`.

@@ -172,12 +172,7 @@ void BlockBackward<T>::expand_rows(
       pixels,
       segments,
       panels.count,
-      in_panels,
-      0,
-      in_panels.count,
-      expand,
-      panels.padded(),
-      *spoiled == 0,
+      {expand, panels.padded(), *spoiled == 0, in_panels, 0, in_panels.count},
       nullptr,
       mask,
       epilogue_at);

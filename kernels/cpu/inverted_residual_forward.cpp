@@ -156,12 +156,7 @@ void BlockForward<T>::project_rows(
       (end - begin) * s.out_width,
       segments,
       panels.count,
-      out_panels,
-      0,
-      out_panels.count,
-      project,
-      panels.padded(),
-      *spoiled == 0,
+      {project, panels.padded(), *spoiled == 0, out_panels, 0, out_panels.count},
       project_bias,
       {},
       [&](int64_t channel) {

@@ -212,7 +212,12 @@ BlockBackward<T> block_backward(
     const PackedWeights& weights,
     T* grad_input,
     const std::array<bool, 3>& need_biases) {
-  const auto layout = BlockPack<typename DotFor<T>::type>::backward(s);
+  using Element = typename DotFor<T>::type::Element;
+  const auto layout = BlockPack<typename DotFor<T>::type>::backward(s, weights.stored_expand == nullptr);
+  const Element* expand = layout.out(weights.data);
+  if constexpr (std::is_same_v<Element, float>) {
+    expand = weights.stored_expand != nullptr ? weights.stored_expand : expand;
+  }
   return {
       s,
       Panels(s.expanded),
@@ -223,7 +228,7 @@ BlockBackward<T> block_backward(
       layout.into(weights.data),
       weights.dots,
       layout.depthwise(weights.data),
-      layout.out(weights.data),
+      expand,
       layout.spoiled(weights.data),
       nullptr,
       grad_input,

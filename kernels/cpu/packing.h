@@ -6,6 +6,7 @@
 #include "frozen_weight.h"
 #include "gemm.h"
 #include "parallel.h"
+#include "sparse_gemm.h"
 
 #include <algorithm>
 #include <atomic>
@@ -17,8 +18,8 @@ namespace tinytl::cpu {
 // Rows of B that a task packs at least, where they are rows of the weight.
 constexpr int64_t kPackedRows = 16;
 
-// Sets *spoiled where one of `rows` rows of `width` values (whole vectors) is not finite: only with finite ones is a
-// product with zero nothing. Null: nobody asks.
+// Sets *spoiled where one of `rows` rows of `width` values (whole vectors), `stride` apart, is not finite: only with
+// finite ones is a product with zero nothing. Null: nobody asks.
 inline void find_spoiled(const float* values, int64_t rows, int64_t width, int64_t stride, uint8_t* spoiled) {
   if (spoiled == nullptr) {
     return;
@@ -113,6 +114,26 @@ Tasks pack_forward(
         }
       }
     });
+  });
+}
+
+// The values of a weight that pack_backward would make one wide panel of without changing anything, else null.
+template <class T>
+const float* packed_as_stored(const FrozenWeight& weight) {
+  if (!std::is_same_v<T, float> || weight.values.scalar_type() != at::kFloat) {
+    return nullptr;
+  }
+  const float* values = weight.values.data_ptr<float>();
+  const bool aligned = reinterpret_cast<uintptr_t>(values) % 64 == 0;
+  return aligned && weight.inner % kGroup == 0 && weight.inner <= kWideGroups * kGroup ? values : nullptr;
+}
+
+// What is left of packing then.
+inline Tasks look_for_spoiled(const FrozenWeight& weight, uint8_t* spoiled) {
+  const float* rows = weight.values.data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(kPackedElements / weight.inner, 1), width = weight.inner;
+  return pieces_of(weight.out_channels, grain, [=](int64_t begin, int64_t end) {
+    find_spoiled(rows + begin * width, 1, (end - begin) * width, 0, spoiled);
   });
 }
 

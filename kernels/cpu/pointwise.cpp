@@ -177,12 +177,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_forward(
             end - begin,
             segments.data(),
             static_cast<int64_t>(segments.size()),
-            panels,
-            first,
-            last,
-            b,
-            depth,
-            spoiled == 0,
+            {b, depth, spoiled == 0, panels, first, last},
             init,
             {},
             [&](int64_t channel) {
@@ -243,10 +238,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
     const Panels panels = weight_panels<Element>(frozen, s.in_channels, depth);
     T* target = grad_input.data_ptr<T>();
     uint8_t spoiled = 0;
-    const auto pack = [&](int64_t first, int64_t last, Element* packed) {
-      parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed, &spoiled)});
-    };
-    for_unpacked<Dot>(frozen, panels, depth, pack, [&](int64_t first, int64_t last, const Element* b) {
+    const auto multiply = [&](int64_t first, int64_t last, const Element* b) {
       const bool summing = need_bias && first == 0;
       for_runs(s.pixels(), run, [&](int64_t task, int64_t begin, int64_t end) {
         const T* source = gradient.pixels<T>(begin, end - begin);
@@ -286,12 +278,7 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
             end - begin,
             segments.data(),
             static_cast<int64_t>(segments.size()),
-            panels,
-            first,
-            last,
-            b,
-            depth,
-            spoiled == 0,
+            {b, depth, spoiled == 0, panels, first, last},
             nullptr,
             mask,
             [&](int64_t channel) {
@@ -301,7 +288,17 @@ std::tuple<at::Tensor, at::Tensor> pointwise_backward(
                   s.in_channels - channel};
             });
       });
-    });
+    };
+    if constexpr (std::is_same_v<Dot, FloatDot>) {
+      if (const float* stored = packed_as_stored<T>(frozen); stored != nullptr) {
+        parallel_tasks({look_for_spoiled(frozen, &spoiled)});
+        return multiply(0, panels.count, stored);
+      }
+    }
+    const auto pack = [&](int64_t first, int64_t last, Element* packed) {
+      parallel_tasks({pack_backward<Dot, T>(frozen, depth, panels, first, last, packed, &spoiled)});
+    };
+    for_unpacked<Dot>(frozen, panels, depth, pack, multiply);
   });
   return {grad_input, reduce_partial(partial, 0, s.out_channels, need_bias)};
 }

@@ -142,21 +142,29 @@ __attribute__((noinline)) void sparse_groups(
 
 } // namespace detail
 
-// Panels [first, last) of C for `pixels` pixels, of rows that may be sparse. b: those panels, of up to kWideGroups groups,
-// b_depth rows each; finite: it is, so that products with zero may be left out; init: start values of all channels, or
-// null for zeros; mask: as find_nonzeros takes it, from the first channel on; epilogue_at(channel): what happens to the
-// columns from that channel on.
+// Packed panels [first, last) of a B, of up to kWideGroups groups each.
+template <class Element>
+struct WideB {
+  const Element* data; // from the first of them on
+  int64_t depth; // rows of each
+  bool finite; // so that products with zero may be left out
+  Panels panels;
+  int64_t first, last;
+
+  const Element* panel(int64_t p) const {
+    return data + (panels.start(p) - panels.start(first)) * depth;
+  }
+};
+
+// Panels of C for `pixels` pixels, of rows that may be sparse. init: start values of all channels, or null for zeros;
+// mask: as find_nonzeros takes it, from the first channel on; epilogue_at(channel): what happens to the columns from that
+// channel on.
 template <class Dot, class EpilogueAt>
 void gemm_of_rows(
     int64_t pixels,
     const Segment<typename Dot::Element>* segments,
     int64_t num_segments,
-    const Panels& panels,
-    int64_t first,
-    int64_t last,
-    const typename Dot::Element* b,
-    int64_t b_depth,
-    bool finite,
+    const WideB<typename Dot::Element>& b,
     const float* init,
     [[maybe_unused]] const MaskRows<const uint8_t>& mask,
     const EpilogueAt& epilogue_at) {
@@ -165,7 +173,7 @@ void gemm_of_rows(
     sample_channel = s == num_segments / 2 ? depth : sample_channel;
     depth += segments[s].depth;
   }
-  const auto panel_of = [&](int64_t q) { return b + (panels.start(q) - panels.start(first)) * b_depth; };
+  const Panels& panels = b.panels;
   const auto start_of = [&](int64_t channel) { return init != nullptr ? init + channel : nullptr; };
   const auto dense = [&](int64_t q, int64_t begin, int64_t end) {
     const Panels columns(panels.width(q));
@@ -177,7 +185,7 @@ void gemm_of_rows(
           end,
           segments,
           num_segments,
-          panel_of(q) + column * Dot::kStep,
+          b.panel(q) + column * Dot::kStep,
           panels.width(q) * Dot::kStep,
           start_of(channel),
           epilogue_at(channel));
@@ -190,9 +198,9 @@ void gemm_of_rows(
   };
   // Two bfloat16 are rarely zero together.
   const bool worth_counting =
-      std::is_same_v<Dot, FloatDot> && finite && num_segments > 0 && pays(kSparseShare, first);
+      std::is_same_v<Dot, FloatDot> && b.finite && num_segments > 0 && pays(kSparseShare, b.first);
   if (!worth_counting) {
-    for (int64_t q = first; q < last; ++q) {
+    for (int64_t q = b.first; q < b.last; ++q) {
       dense(q, 0, pixels);
     }
     return;
@@ -209,7 +217,7 @@ void gemm_of_rows(
       int64_t count = 0;
       std::for_each(words, words + (end - begin), [&](uint64_t word) { count += std::popcount(word); });
       const double share = static_cast<double>(count) / static_cast<double>((end - begin) * sample.depth);
-      for (int64_t q = first; q < last; ++q) {
+      for (int64_t q = b.first; q < b.last; ++q) {
         if (!pays(share, q)) {
           dense(q, begin, end);
           continue;
@@ -220,7 +228,7 @@ void gemm_of_rows(
           constexpr int GROUPS = number;
           const auto multiply = [&](auto half) TINYTL_LAMBDA_INLINE {
             detail::sparse_groups<GROUPS, half>(
-                begin, end, segments, num_segments, mask, panel_of(q), start_of(start), epilogue);
+                begin, end, segments, num_segments, mask, b.panel(q), start_of(start), epilogue);
           };
           // Of a wide panel half a vector is nothing.
           if constexpr (kHalves && GROUPS > 1 && GROUPS <= kPanelGroups && requires { epilogue.columns(); }) {

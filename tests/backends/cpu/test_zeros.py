@@ -57,11 +57,22 @@ def test_a_share_that_changes_from_pixel_to_pixel(channels, out):
     forward_and_backward(input, weights, biases, "relu", generator)
 
 
+# Whose weight serves as it is stored: whole vectors, one wide panel.
+@pytest.mark.parametrize("channels", [40, 48, 192, 208])
+@pytest.mark.parametrize("address", [0, 1, 16])
+def test_weights_at_any_address(channels, address):
+    input, weights, biases, generator = sparse_block(channels, 64, -20, seed=address)
+    memory = [torch.empty(address + w.numel())[address:].view(w.shape) for w in weights]
+    weights = [m.copy_(w) for m, w in zip(memory, weights, strict=True)]
+    forward_and_backward(input, weights, biases, "relu6", generator)
+
+
+@pytest.mark.parametrize("channels", [40, 48])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_zero_times_a_weight_that_is_not_finite(value):
+def test_zero_times_a_weight_that_is_not_finite(channels, value):
     # Both are NaN: a zero may be left out only where its weight is a number.
     for spoiled in (0, 2):
-        input, weights, biases, generator = sparse_block(40, 64, -60, seed=3)
+        input, weights, biases, generator = sparse_block(channels, 64, -60, seed=3)
         weights[spoiled][5, 7] = value
         if spoiled == 0:  # only what is multiplied backward by it: forward, half of everything would be NaN
             numbers = ([1, 1], [1, 1, 1, 1], "relu6", False)
