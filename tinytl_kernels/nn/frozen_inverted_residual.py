@@ -121,8 +121,8 @@ class FrozenInvertedResidual(nn.Module):
         """What it is in a chain of blocks, for that input; None where it is not computed as one operator."""
         return self._block(image) if self.fused else None
 
-    def _block(self, image: Tensor | ops.Described) -> ops.Block:
-        return block_of(self.expand, self.depthwise, self.project, self.residual, image)
+    def _block(self, image: Tensor | ops.Described, branch: ops.Branch | None = None) -> ops.Block:
+        return block_of(self.expand, self.depthwise, self.project, self.residual, image, branch)
 
     def quantize_(self, code: str = "int8") -> FrozenInvertedResidual:
         """Hold the three weights in 8 bits; see :meth:`FrozenConvBias.quantize_`. Returns the block itself."""
@@ -148,8 +148,9 @@ def block_of(
     project: FrozenConvBias,
     residual: bool,
     image: Tensor | ops.Described,
+    branch: ops.Branch | None = None,
 ) -> ops.Block:
-    """What these modules are to an operator, for that input.
+    """What these modules, and the branch around them, are to an operator, for that input.
 
     Raises:
         RuntimeError: as :meth:`FrozenConvBias.operands`.
@@ -165,6 +166,7 @@ def block_of(
         depthwise.four_paddings(image),
         depthwise.activation,
         residual,
+        branch,
     )
 
 

@@ -166,9 +166,12 @@ class LiteResidual(nn.Module):
             and type(act) in _ACTIVATION_NAMES
         ):
             return False
-        held = [module._parameters for module in (conv1, conv2, norm1, norm2)]
+        held1, held2 = conv1._parameters, conv2._parameters
+        weight1, weight2 = held1.get("weight"), held2.get("weight")
         # Pruning and weight_norm compute the weight in a hook.
-        if any(p.get("weight") is None for p in held) or any(p["bias"] is not None for p in held[:2]):
+        if weight1 is None or weight2 is None or held1["bias"] is not None or held2["bias"] is not None:
+            return False
+        if norm1._parameters.get("weight") is None or norm2._parameters.get("weight") is None:
             return False
         k, stride = conv1.kernel_size[0], conv1.stride[0]
         if (
@@ -185,7 +188,7 @@ class LiteResidual(nn.Module):
         if 0 in (batch, height, width):
             return False
         # In this order: the meta device knows no autocast.
-        same = held[0]["weight"].dtype == held[1]["weight"].dtype == image.dtype
+        same = weight1.dtype == weight2.dtype == image.dtype
         if not (same or torch.is_autocast_enabled(image.device.type)):
             return False
         one_pixel = batch == 1 and max(height, width) <= stride
@@ -334,7 +337,7 @@ class LiteResidualBlock(nn.Module):
         running1, running2 = _running(norm1), _running(norm2)
         if running1 is None or running2 is None:
             return None
-        return main._block(image)._replace(branch=lite._as_branch(running1, running2))
+        return main._block(image, lite._as_branch(running1, running2))
 
     def _after_pooling(self) -> Callable[[Tensor], Tensor] | None:
         """The branch without its pooling, where the fused block averages its input 2 x 2 while it streams it anyway."""

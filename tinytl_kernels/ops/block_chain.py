@@ -98,6 +98,6 @@ def _checked(block: Block, needs_masks: bool, wanted: bool) -> _Link:
             image, *branch.tensors, branch.stride, branch.groups, branch.activation,
             norm1.groups, norm2.groups, norm1.eps, norm2.eps, keep_conv,
         )  # fmt: skip
-        branch = branch._replace(keep_conv=keep_conv)
+        branch = branch if keep_conv == branch.keep_conv else branch._replace(keep_conv=keep_conv)
     check_block(image, *convs, stride, padding, activation, residual, needs_masks, branch is not None, *scales)
     return _Link(convs, scales, stride, padding, activation, residual, needs_masks, branch)
