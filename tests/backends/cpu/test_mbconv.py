@@ -105,11 +105,22 @@ def step(block: Block, x: Tensor) -> dict[str, Tensor]:
 
 def added_up(block: Block) -> dict[str, Tensor]:
     """For every bias, once the block has been differentiated layer by layer: the sum of what adds up to its gradient,
-    without signs."""
+    without signs. Behind the squeezed values, few as they are, it is the sum over the restored channels that cancels."""
     sums = {}
 
+    def add(name: str, terms: Tensor) -> None:
+        sums[name] = torch.maximum(sums.get(name, terms), terms)
+
     def watch(conv: nn.Module, args: tuple, output: Tensor) -> None:
-        output.register_hook(lambda grad: sums.update({names[conv]: grad.abs().sum((0, 2, 3))}))
+        def seen(grad: Tensor) -> None:
+            add(names[conv], grad.abs().sum((0, 2, 3)))
+            if conv is block.restore:
+                add(
+                    "reduce.bias",
+                    torch.einsum("nehw,es->s", grad.abs(), conv.float_weight().abs().flatten(1).to(grad.dtype)),
+                )
+
+        output.register_hook(seen)
 
     names = {module: f"{name}.bias" for name, module in block.named_children()}
     for conv in block.convs:
