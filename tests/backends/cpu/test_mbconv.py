@@ -105,7 +105,7 @@ def step(block: Block, x: Tensor) -> dict[str, Tensor]:
 
 def added_up(block: Block) -> dict[str, Tensor]:
     """For every bias, once the block has been differentiated layer by layer: the sum of what adds up to its gradient,
-    without signs. Behind the squeezed values, few as they are, it is the sum over the restored channels that cancels."""
+    without signs. Before the squeezed values, which are few, it is the sum over the restored channels that cancels."""
     sums = {}
 
     def add(name: str, terms: Tensor) -> None:
