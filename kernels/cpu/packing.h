@@ -83,6 +83,15 @@ void pack_group(
   }
 }
 
+// to[2 n] = even[n], to[2 n + 1] = odd[n]
+inline void interleave(
+    const c10::BFloat16* __restrict even, const c10::BFloat16* __restrict odd, int64_t count, c10::BFloat16* __restrict to) {
+  for (int64_t n = 0; n < count; ++n) {
+    to[2 * n].x = even[n].x;
+    to[2 * n + 1].x = odd[n].x;
+  }
+}
+
 // Panels [first, last) of B[k, n] = w[n, k], rows beyond the weight's filled with zeros up to padded_depth. The weight
 // must outlive the tasks. spoiled (null: nobody asks): becomes 1 if any value is not finite, of float32.
 template <class Dot, class T>
@@ -115,35 +124,6 @@ Tasks pack_forward(
       }
     });
   });
-}
-
-// The values of a weight that pack_backward would make one wide panel of without changing anything, else null.
-template <class T>
-const float* packed_as_stored(const FrozenWeight& weight) {
-  if (!std::is_same_v<T, float> || weight.values.scalar_type() != at::kFloat) {
-    return nullptr;
-  }
-  const float* values = weight.values.data_ptr<float>();
-  const bool aligned = reinterpret_cast<uintptr_t>(values) % 64 == 0;
-  return aligned && weight.inner % kGroup == 0 && weight.inner <= kWideGroups * kGroup ? values : nullptr;
-}
-
-// What is left of packing then.
-inline Tasks look_for_spoiled(const FrozenWeight& weight, uint8_t* spoiled) {
-  const float* rows = weight.values.data_ptr<float>();
-  const int64_t grain = std::max<int64_t>(kPackedElements / weight.inner, 1), width = weight.inner;
-  return pieces_of(weight.out_channels, grain, [=](int64_t begin, int64_t end) {
-    find_spoiled(rows + begin * width, 1, (end - begin) * width, 0, spoiled);
-  });
-}
-
-// to[2 n] = even[n], to[2 n + 1] = odd[n]
-inline void interleave(
-    const c10::BFloat16* __restrict even, const c10::BFloat16* __restrict odd, int64_t count, c10::BFloat16* __restrict to) {
-  for (int64_t n = 0; n < count; ++n) {
-    to[2 * n].x = even[n].x;
-    to[2 * n + 1].x = odd[n].x;
-  }
 }
 
 // The same of B[k, n] = w[k, n].
@@ -192,6 +172,26 @@ Tasks pack_backward(
         }
       }
     });
+  });
+}
+
+// The values of a weight that pack_backward would make one wide panel of without changing anything, else null.
+template <class T>
+const float* packed_as_stored(const FrozenWeight& weight) {
+  if (!std::is_same_v<T, float> || weight.values.scalar_type() != at::kFloat) {
+    return nullptr;
+  }
+  const float* values = weight.values.data_ptr<float>();
+  const bool aligned = reinterpret_cast<uintptr_t>(values) % 64 == 0;
+  return aligned && weight.inner % kGroup == 0 && weight.inner <= kWideGroups * kGroup ? values : nullptr;
+}
+
+// What is left of packing it.
+inline Tasks look_for_spoiled(const FrozenWeight& weight, uint8_t* spoiled) {
+  const float* rows = weight.values.data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(kPackedElements / weight.inner, 1), width = weight.inner;
+  return pieces_of(weight.out_channels, grain, [=](int64_t begin, int64_t end) {
+    find_spoiled(rows + begin * width, 1, (end - begin) * width, 0, spoiled);
   });
 }
 
