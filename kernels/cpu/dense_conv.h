@@ -168,9 +168,7 @@ void copy_pixels(const BandRows<Dot>& band, const T* from, int64_t pixels, typen
     if constexpr (std::is_same_v<T, Element>) {
       std::memcpy(static_cast<void*>(to), from, sizeof(T) * count);
     } else {
-      for (int64_t c = 0; c < count; c += kLanes) {
-        store_channels(to + c, load_channels(from + c, count - c), count - c);
-      }
+      copy_row(from, count, to);
     }
     return;
   }
@@ -338,11 +336,9 @@ struct PackedUnits {
       const int64_t length = std::min<int64_t>(count - first, kGroup);
       for (int64_t n = 0; n < rows; ++n) {
         const auto [channel, place] = at(n);
-        for (int64_t j = 0; j < length; ++j) {
-          lines[n * kGroup + j] = static_cast<float>(values(channel, place + first + j));
-        }
+        copy_values(values, channel, place + first, length, lines + n * kGroup);
       }
-      at::vec::transpose_mxn<float, kGroup, kGroup>(lines, kGroup, buffer + first * kGroup, kGroup);
+      transpose(lines, kGroup, buffer + first * kGroup, kGroup, kGroup, kGroup);
     }
   }
 

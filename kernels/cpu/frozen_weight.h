@@ -96,19 +96,11 @@ void copy_values(const Values& values, int64_t o, int64_t i, int64_t count, Elem
   }
 }
 
+// Rounded once or not at all, as a vector conversion does it.
 template <class T, class Stored, class Element>
+  requires(std::is_same_v<T, Stored> || std::is_same_v<T, Element>)
 void copy_values(const PlainValues<T, Stored>& values, int64_t o, int64_t i, int64_t count, Element* to) {
-  const Stored* from = values.data + o * values.inner + i;
-  // Rounded once or not at all: as a vector conversion does it.
-  if constexpr (std::is_same_v<T, Stored> || std::is_same_v<T, Element>) {
-    for (int64_t c = 0; c < count; c += kLanes) {
-      store_channels(to + c, load_channels(from + c, count - c), count - c);
-    }
-  } else {
-    for (int64_t c = 0; c < count; ++c) {
-      to[c] = static_cast<Element>(static_cast<T>(from[c]));
-    }
-  }
+  copy_row(values.data + o * values.inner + i, count, to);
 }
 
 // Depthwise taps (C, 1, kh, kw) as [group][tap][kGroup], float32, padded with zeros.

@@ -144,20 +144,24 @@ Tasks pack_backward(
   static_assert(kPackedRows % STEP == 0);
   return with_values<T>(weight, [&](const auto& values) {
     return pieces_of(padded_depth, grain, [=](int64_t begin, int64_t end) {
+      // Channels [start, start + count) of row k, zeros for those that there are not.
+      const auto copy = [&](int64_t k, int64_t start, int64_t count, Element* to) {
+        const int64_t there = k < depth ? std::min(count, channels - start) : 0;
+        if (there > 0) {
+          copy_values(values, k, origin + start, there, to);
+        }
+        std::fill(to + there, to + count, Element(0));
+      };
       std::vector<Element> rows(STEP > 1 ? STEP * width : 0); // of a step
       for (int64_t k = begin; k < end; k += STEP) {
         for (int64_t i = 0; STEP > 1 && i < STEP; ++i) {
-          const int64_t there = k + i < depth ? channels : 0;
-          copy_values(values, std::min(k + i, depth - 1), origin, there, rows.data() + i * width);
-          std::fill(rows.begin() + i * width + there, rows.begin() + (i + 1) * width, Element(0));
+          copy(k + i, 0, width, rows.data() + i * width);
         }
         for (int64_t p = first; p < last; ++p) {
           const int64_t start = panels.start(p) - origin, panel_width = panels.width(p);
           Element* target = packed + start * padded_depth + k * panel_width;
           if constexpr (STEP == 1) {
-            const int64_t there = k < depth ? std::min(panel_width, channels - start) : 0;
-            copy_values(values, std::min(k, depth - 1), origin + start, there, target);
-            std::fill(target + there, target + panel_width, Element(0));
+            copy(k, start, panel_width, target);
           } else {
             static_assert(STEP == 2);
             interleave(rows.data() + start, rows.data() + width + start, panel_width, target);

@@ -19,9 +19,7 @@ at::Tensor float_matrix(const FrozenWeight& weight, at::ScalarType dtype) {
   with_storage_type(dtype, "input", [&](auto zero) {
     with_values<decltype(zero)>(weight, [&](const auto& values) {
       for (int64_t o = 0; o < weight.out_channels; ++o) {
-        for (int64_t i = 0; i < weight.inner; ++i) {
-          *to++ = static_cast<float>(values(o, i));
-        }
+        copy_values(values, o, 0, weight.inner, to + o * weight.inner);
       }
     });
   });

@@ -234,9 +234,7 @@ Tasks pad_input(const TrainedConv& conv, const T* input, float* padded) {
           const T* source = input + (y * conv.width + x) * channels;
           for (int64_t n = 0; n < conv.batch; ++n, target += channels, source += conv.height * conv.width * channels) {
             __builtin_prefetch(source + kPrefetch * conv.stride * channels);
-            for (int64_t c = 0; c < channels; c += kLanes) {
-              store_channels(target + c, load_channels(source + c, channels - c), channels - c);
-            }
+            copy_row(source, channels, target);
           }
         }
       }

@@ -231,8 +231,10 @@ TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) 
   }
 }
 
-// `count` floats, by vectors: short rows, for which a call of memmove takes longer than the copy.
-TINYTL_INLINE void copy_row(const float* from, int64_t count, float* to) {
+// `count` values, by vectors, rounded where `to` is narrower: short rows, for which a call of memmove takes longer than the
+// copy.
+template <class From, class To>
+TINYTL_INLINE void copy_row(const From* from, int64_t count, To* to) {
   for (int64_t c = 0; c < count; c += kLanes) {
     store_channels(to + c, load_channels(from + c, count - c), count - c);
   }
