@@ -160,10 +160,10 @@ def stem_block(size: Size, hidden: int, out_channels: int) -> Callable[[torch.dt
 
     def build(dtype: torch.dtype, device: torch.device) -> Sample:
         def function(b1, b2, b3, image, w1, w2, w3) -> Tensor:
-            made = ops.stem_output(image, w1, 2, 1)
+            stem = ops.Stem(w1, b1, None, (2, 2), (1, 1, 1, 1))
             convs = (None, None, w2, b2, w3, b3)
-            block = ops.Block(made, convs, (None, None, None), (1, 1), (1, 1, 1, 1), "relu6", False)
-            output = ops.stem_block(image, w1, b1, 2, 1, block)
+            block = ops.Block(stem.output(image), convs, (None, None, None), (1, 1), (1, 1, 1, 1), "relu6", False)
+            output = ops.block_chain(image, [block], stem)
             if output is None:
                 made = ops.frozen_conv(image, w1, b1, 2, 1, activation="relu6")
                 output = ops.frozen_inverted_residual(*block._replace(image=made).arguments)

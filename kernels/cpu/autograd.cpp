@@ -384,10 +384,12 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
 // What autograd's node of a chain keeps beside tensors.
 struct ChainRecord : torch::CustomClassHolder {
   std::vector<BlockShape> shapes;
+  std::optional<DenseShape> stem;
   std::vector<std::array<int64_t, 3>> edges; // to each block's biases, -1: none
 };
 
-// frozen_inverted_residual several times in a row, one node of autograd's graph.
+// frozen_inverted_residual several times in a row, one node of autograd's graph; the first one's expansion may be a
+// frozen_conv of an image, which gets no gradient.
 struct InvertedResiduals : Function<InvertedResiduals> {
   // biases: those of `blocks` that are there, in order, for autograd.
   static at::Tensor forward(
@@ -396,12 +398,16 @@ struct InvertedResiduals : Function<InvertedResiduals> {
       at::TensorList biases,
       const std::vector<ChainedBlock>& blocks) {
     auto record = c10::make_intrusive<ChainRecord>();
+    record->stem = blocks[0].stem;
+    TORCH_CHECK(
+        !record->stem.has_value() || !input.requires_grad(),
+        "input: a stem in a chain computes no gradient of its image, which requires one");
     Edges edges;
     edges.of(input);
     for (const ChainedBlock& block : blocks) {
       const auto& [expand, depthwise, project] = block.biases;
       refuse_trained_block(
-          "expand", block.weights[0], block.scales[0], *block.weights[1], block.scales[1], *block.weights[2],
+          block.stem.has_value() ? "stem" : "expand", block.weights[0], block.scales[0], *block.weights[1], block.scales[1], *block.weights[2],
           block.scales[2]);
       record->shapes.push_back(block.shape);
       record->edges.push_back({edges.of(expand), edges.of(depthwise), edges.of(project)});
@@ -434,6 +440,7 @@ struct InvertedResiduals : Function<InvertedResiduals> {
     for (size_t k = 0; k < record->shapes.size(); ++k) {
       ChainedBlock& block = blocks.emplace_back();
       block.shape = record->shapes[k];
+      block.stem = k == 0 ? record->stem : std::nullopt;
       for (size_t layer = 0; layer < 3; ++layer) {
         block.weights[layer] = or_none(*next++);
         block.scales[layer] = or_none(*next++);
@@ -455,74 +462,6 @@ struct InvertedResiduals : Function<InvertedResiduals> {
       }
     }
     return once("frozen_inverted_residual", std::move(results), grads);
-  }
-};
-
-// frozen_conv of an image, which gets no gradient, and frozen_inverted_residual without expansion.
-struct StemBlock : Function<StemBlock> {
-  static constexpr int kArguments = 16;
-
-  static at::Tensor forward(
-      AutogradContext* ctx,
-      const at::Tensor& image,
-      const at::Tensor& stem_weight,
-      const OptionalTensor& stem_bias,
-      const at::Tensor& depthwise_weight,
-      const OptionalTensor& depthwise_bias,
-      const at::Tensor& project_weight,
-      const OptionalTensor& project_bias,
-      at::IntArrayRef stem_stride,
-      at::IntArrayRef stem_padding,
-      at::IntArrayRef stride,
-      at::IntArrayRef padding,
-      const OptionalString& activation,
-      bool needs_masks,
-      const OptionalTensor& stem_scale,
-      const OptionalTensor& depthwise_scale,
-      const OptionalTensor& project_scale) {
-    TORCH_CHECK(!image.requires_grad(), "image: a stem block computes no gradient of it, which it requires");
-    refuse_trained_block(
-        "stem", stem_weight, stem_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-    const std::string act = activation.value_or("none");
-    Edges edges;
-    edges.of(image);
-    edges.of(stem_weight);
-    const int64_t to_stem = edges.of(stem_bias);
-    edges.of(depthwise_weight);
-    const int64_t to_depthwise = edges.of(depthwise_bias);
-    edges.of(project_weight);
-    const int64_t to_project = edges.of(project_bias);
-    TINYTL_RECORDED("stem_block_forward");
-    auto [out, stem_mask, depthwise_mask] = stem_block_forward(
-        image, stem_weight, stem_scale, stem_bias, depthwise_weight, depthwise_scale, depthwise_bias, project_weight,
-        project_scale, project_bias, stem_stride, stem_padding, stride[0], padding, act, needs_masks);
-    ctx->save_for_backward(
-        {stem_weight, depthwise_weight, project_weight, stem_mask, depthwise_mask, or_undefined(stem_scale),
-         or_undefined(depthwise_scale), or_undefined(project_scale)});
-    ctx->saved_data["edges"] = std::vector<int64_t>{to_stem, to_depthwise, to_project};
-    // What the block behind the stem is told that its input is: as many channels as a window has values.
-    const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1);
-    ctx->saved_data["input_size"] =
-        std::vector<int64_t>{stem.batch, stem.taps() * stem.in_channels, stem.rows.positions, stem.columns.positions};
-    ctx->saved_data["stride"] = stride[0];
-    ctx->saved_data["padding"] = padding.vec();
-    ctx->saved_data["activation"] = act;
-    return out;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    const auto need = needed<3>(ctx);
-    TINYTL_RECORDED("inverted_residual_backward");
-    const auto [_, grad_stem, grad_depthwise, grad_project] = inverted_residual_backward(
-        grads[0], saved[3], saved[4], saved[0].flatten(1).unsqueeze(-1).unsqueeze(-1), or_none(saved[5]), saved[1],
-        or_none(saved[6]), saved[2], or_none(saved[7]), data["input_size"].toIntVector(), data["stride"].toInt(),
-        data["padding"].toIntVector(), data["activation"].toStringRef(), false, false, need[0], need[1], need[2],
-        std::nullopt);
-    constexpr std::array kPlaces{2, 4, 6};
-    const std::tuple gradients(grad_stem, grad_depthwise, grad_project);
-    return once("frozen_inverted_residual", by_argument(kArguments, gradients, kPlaces, need), grads);
   }
 };
 
@@ -820,47 +759,23 @@ class ChainArguments {
   size_t next_tensor_ = 0, next_activation_ = 0;
 };
 
-// A block and what the operator takes of it beside its tensors.
-struct ChainLink {
-  ChainedBlock block;
-  at::IntArrayRef stride, padding;
-  std::string activation;
-};
-
-// The operator frozen_inverted_residual of `link`.
-variable_list apply_block(const at::Tensor& input, const ChainLink& link, bool want_pooled) {
-  const auto [weights, biases, scales] = std::tie(link.block.weights, link.block.biases, link.block.scales);
-  return FrozenInvertedResidual::apply(
-      input, weights[0], biases[0], *weights[1], biases[1], *weights[2], biases[2], link.stride, link.padding,
-      OptionalString(link.activation), link.block.shape.residual, link.block.needs_masks, want_pooled, scales[0],
-      scales[1], scales[2]);
-}
-
-// All of `links`, none of which has a branch.
-at::Tensor apply_blocks(at::Tensor output, const std::vector<ChainLink>& links) {
-  if (links.empty()) {
+// All of `blocks`, none of which has a branch.
+at::Tensor apply_blocks(at::Tensor output, const std::vector<ChainedBlock>& blocks) {
+  if (blocks.empty()) {
     return output;
-  }
-  std::vector<ChainedBlock> blocks;
-  for (const ChainLink& link : links) {
-    blocks.push_back(link.block);
   }
   size_t first = 0;
   for (const size_t end : chain_segments(blocks, output.scalar_type())) {
-    if (end == first + 1) {
-      output = std::move(apply_block(output, links[first], false)[0]);
-    } else {
-      const std::vector<ChainedBlock> segment(blocks.begin() + first, blocks.begin() + end);
-      variable_list biases;
-      for (const ChainedBlock& block : segment) {
-        for (const OptionalTensor& bias : block.biases) {
-          if (bias.has_value()) {
-            biases.push_back(*bias);
-          }
+    const std::vector<ChainedBlock> segment(blocks.begin() + first, blocks.begin() + end);
+    variable_list biases;
+    for (const ChainedBlock& block : segment) {
+      for (const OptionalTensor& bias : block.biases) {
+        if (bias.has_value()) {
+          biases.push_back(*bias);
         }
       }
-      output = InvertedResiduals::apply(output, at::TensorList(biases), segment);
     }
+    output = InvertedResiduals::apply(output, at::TensorList(biases), segment);
     first = end;
   }
   return output;
@@ -880,10 +795,11 @@ at::Tensor block_chain(
   ChainArguments next(tensors, numbers, reals, activations, running);
   at::Tensor output = input;
   std::vector<int64_t> size = input.sizes().vec(); // of the next block's input
-  std::vector<ChainLink> row; // without branches, not yet applied to `output`
+  std::vector<ChainedBlock> row; // without branches, not yet applied to `output`
+  bool has_stem = next.number();
   while (!next.done()) {
-    ChainLink link;
-    auto [weights, biases, scales] = std::tie(link.block.weights, link.block.biases, link.block.scales);
+    ChainedBlock block;
+    auto [weights, biases, scales] = std::tie(block.weights, block.biases, block.scales);
     for (size_t layer = 0; layer < 3; ++layer) {
       weights[layer] = layer == 0 ? next.optional() : OptionalTensor(next.tensor());
       biases[layer] = next.optional();
@@ -891,21 +807,34 @@ at::Tensor block_chain(
     for (OptionalTensor& scale : scales) {
       scale = next.optional();
     }
-    link.stride = next.numbers(2), link.padding = next.numbers(4);
+    if (has_stem) {
+      TORCH_CHECK(weights[0].has_value(), "tensors: expected a stem's weight, got None");
+      const at::IntArrayRef stride = next.numbers(2), padding = next.numbers(4);
+      const DenseShape& stem = block.stem.emplace(size, *weights[0], stride, padding, at::IntArrayRef({1, 1}), 1);
+      size = {stem.batch, stem.out_channels, stem.rows.positions, stem.columns.positions};
+    }
+    const at::IntArrayRef stride = next.numbers(2), padding = next.numbers(4);
     const bool residual = next.number();
-    link.block.needs_masks = next.number();
+    block.needs_masks = next.number();
     const bool has_branch = next.number();
-    link.activation = next.activation();
-    BlockShape& shape = link.block.shape;
+    TORCH_CHECK(!has_stem || !has_branch, "numbers: expected a stem's block without a branch");
+    const std::string activation = next.activation();
+    BlockShape& shape = block.shape;
     shape = block_shape(
-        size, weights[0], *weights[1], *weights[2], link.stride[0], link.padding, link.activation, residual);
+        size, has_stem ? std::nullopt : weights[0], *weights[1], *weights[2], stride[0], padding, activation, residual);
+    if (std::exchange(has_stem, false)) {
+      shape.has_expand = true;
+      shape.in_channels = stem_terms(*block.stem, input.scalar_type());
+    }
     size = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
     if (!has_branch) {
-      row.push_back(std::move(link));
+      row.push_back(std::move(block));
       continue;
     }
     output = apply_blocks(std::move(output), std::exchange(row, {}));
-    variable_list block = apply_block(output, link, true);
+    variable_list main = FrozenInvertedResidual::apply(
+        output, weights[0], biases[0], *weights[1], biases[1], *weights[2], biases[2], stride, padding,
+        OptionalString(activation), residual, block.needs_masks, true, scales[0], scales[1], scales[2]);
     const auto weight1 = next.tensor();
     const auto norm_weight1 = next.optional(), norm_bias1 = next.optional();
     const auto running_mean1 = next.optional(), running_var1 = next.optional();
@@ -917,13 +846,14 @@ at::Tensor block_chain(
     const bool keep_conv = next.number();
     const double eps1 = next.real(), eps2 = next.real();
     output.reset(); // autograd keeps what it needs of it
+    at::Tensor pooled = std::move(main[3]);
     const variable_list branch = LiteBranch::apply(
-        OptionalTensor(block[0]), block[3], weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2,
+        OptionalTensor(main[0]), pooled, weight1, norm_weight1, norm_bias1, running_mean1, running_var1, weight2,
         norm_weight2, norm_bias2, running_mean2, running_var2, branch_stride, groups, next.activation(), norm_groups1,
         norm_groups2, eps1, eps2, keep_conv);
-    const auto pooled_length = [&](int64_t side) { return (block[3].size(side) - 1) / branch_stride + 1; };
-    const int64_t values = block[3].size(0) * pooled_length(2) * pooled_length(3);
-    block[3].reset(); // a frozen branch does not keep it
+    const auto pooled_length = [&](int64_t side) { return (pooled.size(side) - 1) / branch_stride + 1; };
+    const int64_t values = pooled.size(0) * pooled_length(2) * pooled_length(3);
+    pooled.reset(); // a frozen branch does not keep it
     for (const at::Tensor& statistics : {branch[2], branch[3]}) {
       const double momentum = next.real();
       track(next.running(next.number()), momentum, statistics, values);
@@ -982,12 +912,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "Tensor? depthwise_scale, Tensor? project_scale) -> "
       "(Tensor output, Tensor expand_mask, Tensor depthwise_mask, Tensor pooled)",
       TORCH_FN(Call<FrozenInvertedResidual>::call));
-  m.def(
-      "stem_block(Tensor image, Tensor stem_weight, Tensor? stem_bias, Tensor depthwise_weight, "
-      "Tensor? depthwise_bias, Tensor project_weight, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, "
-      "int[2] stride, int[4] padding, str? activation, bool needs_masks, Tensor? stem_scale, Tensor? depthwise_scale, "
-      "Tensor? project_scale) -> Tensor",
-      TORCH_FN(Call<StemBlock>::call));
   m.def(
       "lite_branch(Tensor pooled, Tensor weight1, Tensor? norm_weight1, Tensor? norm_bias1, Tensor? running_mean1, "
       "Tensor? running_var1, Tensor weight2, Tensor? norm_weight2, Tensor? norm_bias2, Tensor? running_mean2, "

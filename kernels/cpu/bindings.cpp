@@ -4,7 +4,6 @@
 #include "inverted_residual.h"
 #include "lite_branch.h"
 #include "operators.h"
-#include "stem.h"
 
 #include <torch/library.h>
 
@@ -23,11 +22,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
       "bool residual, bool need_input, bool need_expand_bias, bool need_depthwise_bias, bool need_project_bias, "
       "Tensor? grad_pooled=None) -> "
       "(Tensor grad_input, Tensor grad_expand_bias, Tensor grad_depthwise_bias, Tensor grad_project_bias)");
-  m.def(
-      "stem_block_forward(Tensor image, Tensor stem_weight, Tensor? stem_scale, Tensor? stem_bias, "
-      "Tensor depthwise_weight, Tensor? depthwise_scale, Tensor? depthwise_bias, Tensor project_weight, "
-      "Tensor? project_scale, Tensor? project_bias, int[2] stem_stride, int[4] stem_padding, int stride, "
-      "int[4] padding, str activation, bool needs_mask) -> (Tensor out, Tensor mask_stem, Tensor mask_depthwise)");
   m.def(
       "activation_forward(Tensor x, str activation, float negative_slope, bool needs_mask) -> "
       "(Tensor out, Tensor mask)");
@@ -107,7 +101,6 @@ TORCH_LIBRARY_FRAGMENT(tinytl_cpu, m) {
 TORCH_LIBRARY_IMPL(tinytl_cpu, CPU, m) {
   TINYTL_IMPL(inverted_residual_forward);
   TINYTL_IMPL(inverted_residual_backward);
-  TINYTL_IMPL(stem_block_forward);
   TINYTL_IMPL(activation_forward);
   TINYTL_IMPL(bias_activation_);
   TINYTL_IMPL(activation_backward);

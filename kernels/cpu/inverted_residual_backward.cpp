@@ -135,9 +135,9 @@ void BlockBackward<T>::expand_rows(
   const int64_t* offsets = grad_pooled != nullptr ? pooled_offsets(image, begin, end) : nullptr;
   const auto epilogue_at = [&](int64_t channel) {
     AddToTensor<T> epilogue{
-        grad_input + image * grad_input_image + first + channel, s.in_channels, s.in_channels - channel};
+        grad_input.at(image) + first + channel, s.in_channels, s.in_channels - channel};
     if (s.residual) {
-      epilogue.addend = grad_output + image * grad_output_image + first + channel;
+      epilogue.addend = grad_output.at(image) + first + channel;
     }
     if (grad_pooled != nullptr) {
       epilogue.pooled = grad_pooled + channel;
@@ -180,7 +180,7 @@ void BlockBackward<T>::expand_rows(
 
 template <class T>
 void BlockBackward<T>::sum_output_rows(int64_t image, int64_t begin, int64_t end, float* sums) const {
-  const T* source = grad_output + image * grad_output_image + begin * s.out_width * s.out_channels;
+  const T* source = grad_output.at(image) + begin * s.out_width * s.out_channels;
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t c = 0; c < s.out_channels; c += kLanes) {
       const int64_t count = std::min<int64_t>(s.out_channels - c, kLanes);
@@ -217,7 +217,7 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
   const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
     const int64_t* offsets = ring_offsets(from, to, s.out_width, walk);
     const auto operand = operand_rows<Dot>(
-        grad_output + image * grad_output_image + from * s.out_width * s.out_channels,
+        grad_output.at(image) + from * s.out_width * s.out_channels,
         (to - from) * s.out_width,
         s.out_channels,
         s.out_channels);
@@ -231,7 +231,7 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
     }
   };
   const auto finish = [&, rows = rows](int64_t row, int64_t row_end) {
-    if (grad_input != nullptr) {
+    if (grad_input.data != nullptr) {
       expand_rows(image, row, row_end, rows, row_pixels, segments.data());
     }
     flush_sums(sums, partial, 2 * expanded);
@@ -239,6 +239,21 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
   // Rows that meet no input row of this task still count in the bias gradient.
   walk_down(*this, walk, s.out_height, begin, end, own_begin, own_end, advance, finish);
   flush_sums(sums, partial, 2 * expanded);
+}
+
+template <class T>
+void BlockBackward<T>::run(const at::Tensor& partial) const {
+  const Bands bands = input_bands(s);
+  parallel_tasks(bands.tasks(), [&](int64_t t) {
+    const int64_t band = t % bands.per_image;
+    task(
+        t / bands.per_image,
+        bands.begin(band),
+        bands.begin(band + 1),
+        first_owned_output(s, bands, band),
+        first_owned_output(s, bands, band + 1),
+        partial.data_ptr<float>() + t * partial.size(1));
+  });
 }
 
 template struct BlockBackward<float>;
@@ -282,7 +297,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
   }
   at::Tensor grad_input =
       need_input ? empty_tensor(input_size, grad.options(), nhwc) : empty_tensor({0}, grad.options());
-  const Bands bands = input_bands(s);
   BiasGradients biases;
 
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
@@ -299,17 +313,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
     backward.mask_expand = masks.checked_expand(s);
     backward.mask_depthwise = mask;
     backward.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
-    const at::Tensor partial = backward.partial(bands.tasks());
-    parallel_tasks(bands.tasks(), [&](int64_t t) {
-      const int64_t band = t % bands.per_image;
-      backward.task(
-          t / bands.per_image,
-          bands.begin(band),
-          bands.begin(band + 1),
-          first_owned_output(s, bands, band),
-          first_owned_output(s, bands, band + 1),
-          partial.data_ptr<float>() + t * partial.size(1));
-    });
+    const at::Tensor partial = backward.partial();
+    backward.run(partial);
     biases = backward.bias_gradients(partial);
   });
   return {grad_input, biases[0], biases[1], biases[2]};

@@ -3,8 +3,11 @@
 
 #include "inverted_residual_rows.h"
 #include "parallel.h"
+#include "stem.h"
 
 #include <algorithm>
+#include <tuple>
+#include <type_traits>
 
 namespace tinytl::cpu {
 namespace {
@@ -22,60 +25,86 @@ std::vector<PackedWeights> pack_all(size_t count, const Pack& pack) {
   return packed;
 }
 
-std::vector<BlockWeights> stored_weights(const std::vector<ChainedBlock>& blocks) {
+// As the kernels of either direction take them. Nothing is multiplied by a stem backward.
+std::vector<BlockWeights> stored_weights(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype, bool backward) {
   std::vector<BlockWeights> stored;
   for (const ChainedBlock& block : blocks) {
-    stored.push_back(block.stored());
+    const auto& [weights, scales] = std::tie(block.weights, block.scales);
+    OptionalTensor expand = weights[0], expand_scale = scales[0];
+    if (block.stem.has_value()) {
+      expand = backward ? std::nullopt : OptionalTensor(stem_matrix(*block.stem, *expand, dtype));
+      expand_scale = backward ? std::nullopt : expand_scale;
+    }
+    stored.emplace_back(expand, expand_scale, *weights[1], scales[1], *weights[2], scales[2]);
   }
   return stored;
 }
 
-// What one block after the other makes and the next one reads, between a first and a last tensor: two buffers in turn.
-// An image is at another block than its neighbour, so that each has a place in them that is large enough for all.
+// Images that a thread has under way at once. As few as can be, so that what lies between blocks stays in cache and takes
+// little memory; but a thread reads the packed weights of all blocks, that many bytes, again for every wave of images, and
+// where they do not stay in its cache, they are to be read seldom.
+int64_t images_under_way(int64_t packed_bytes) {
+  return std::max<int64_t>(ceil_div(packed_bytes, kScratchBudget), 1);
+}
+
+// What one block after the other makes and the next one reads, between a first and a last tensor: two buffers in turn,
+// with a place for every image that is under way.
 class Between {
  public:
   // elements: of an image of each tensor.
-  Between(int64_t images, const std::vector<int64_t>& elements, const at::TensorOptions& options) {
+  Between(Waves& waves, const std::vector<int64_t>& elements, const at::TensorOptions& options)
+      : place_(waves.place()) {
     for (size_t i = 0; i < elements.size(); ++i) {
       image_[i % 2] = std::max(image_[i % 2], elements[i]);
     }
     for (int side = 0; side < 2; ++side) {
-      buffers_[side] = empty_tensor({images, image_[side]}, options);
+      buffers_[side] = empty_tensor({waves.places(), image_[side]}, options);
     }
   }
   template <class T>
-  T* data(size_t i) const {
-    return buffers_[i % 2].data_ptr<T>();
-  }
-  int64_t image(size_t i) const { // elements from image to image
-    return image_[i % 2];
+  Images<T> images(size_t i) const {
+    return {buffers_[i % 2].data_ptr<std::remove_const_t<T>>(), image_[i % 2], place_};
   }
 
  private:
+  const int64_t* place_; // of each image
   std::array<int64_t, 2> image_{};
   std::array<at::Tensor, 2> buffers_;
 };
 
-// Bytes that blocks [first, last] need at once, beside the masks of the blocks before them: in backward, and in forward
-// if that is not less.
+Waves waves_of(int64_t images, const std::vector<PackedWeights>& packed) {
+  int64_t bytes = 0;
+  for (const PackedWeights& weights : packed) {
+    bytes += static_cast<int64_t>(weights.data.nbytes());
+  }
+  return {images, images_under_way(bytes)};
+}
+
+// Bytes that blocks [first, last] need at once, beside the masks of the blocks before them and the chain's input: in
+// backward, and in forward if that is not less. An image is always the caller's, and has no gradient.
 int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, size_t last, at::ScalarType dtype) {
   const int64_t element = static_cast<int64_t>(c10::elementSize(dtype));
   const auto images = [&](int64_t elements) { return blocks[first].shape.batch * elements * element; };
-  int64_t bytes = images(blocks[first].shape.input_elements()) + images(blocks[last].shape.output_elements());
+  int64_t bytes = images(blocks[last].shape.output_elements());
+  if (!blocks[first].stem.has_value()) {
+    bytes += images(blocks[first].shape.input_elements());
+  }
+  int64_t packed = 0;
   std::array<int64_t, 2> between{};
   for (size_t k = first; k <= last; ++k) {
     const BlockShape& s = blocks[k].shape;
     if (k < last) {
-      between[k % 2] = std::max(between[k % 2], images(s.output_elements()));
+      between[k % 2] = std::max(between[k % 2], s.output_elements() * element);
     }
     if (blocks[k].needs_masks) {
       bytes += s.masks_size();
     }
     with_storage_type(dtype, "input", [&](auto zero) {
-      bytes += BlockPack<typename DotFor<decltype(zero)>::type>::forward(s).bytes();
+      packed += BlockPack<typename DotFor<decltype(zero)>::type>::forward(s).bytes();
     });
   }
-  return bytes + between[0] + between[1];
+  const Waves waves(blocks[first].shape.batch, images_under_way(packed));
+  return bytes + packed + (between[0] + between[1]) * waves.places();
 }
 
 } // namespace
@@ -83,18 +112,19 @@ int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, siz
 std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype) {
   // In forward the chain's input is there, too: it is the caller's, and stays. In backward there are gradients of what
   // the caller trains, so that forward may need what backward needs.
-  const int64_t input = blocks[0].shape.batch * blocks[0].shape.input_elements() * int64_t(c10::elementSize(dtype));
+  const int64_t input = blocks[0].shape.batch * blocks[0].input_elements() * int64_t(c10::elementSize(dtype));
+  const auto beside = [&](size_t first) { return first > 0 || blocks[0].stem.has_value() ? input : 0; };
   std::vector<int64_t> masks_before{0}; // bytes
   int64_t forward_limit = 0, backward_limit = 0;
   for (size_t k = 0; k < blocks.size(); ++k) {
     const int64_t bytes = masks_before.back() + segment_bytes(blocks, k, k, dtype);
     backward_limit = std::max(backward_limit, bytes);
-    forward_limit = std::max(forward_limit, bytes + (k > 0 ? input : 0));
+    forward_limit = std::max(forward_limit, bytes + beside(k));
     masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.masks_size() : 0));
   }
   const auto fits = [&](size_t first, size_t last) {
     const int64_t bytes = masks_before[first] + segment_bytes(blocks, first, last, dtype);
-    return bytes <= backward_limit && bytes + (first > 0 ? input : 0) <= forward_limit;
+    return bytes <= backward_limit && bytes + beside(first) <= forward_limit;
   };
   // Image by image only where whole images are what threads share.
   const auto whole_images = [](const BlockShape& s) {
@@ -103,7 +133,7 @@ std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::
   std::vector<size_t> ends;
   for (size_t first = 0; first < blocks.size();) {
     size_t end = first + 1;
-    while (end < blocks.size() && at::get_num_threads() > 1 && whole_images(blocks[first].shape) &&
+    while (end < blocks.size() && whole_images(blocks[first].shape) &&
            whole_images(blocks[end].shape) && fits(first, end)) {
       ++end;
     }
@@ -132,31 +162,43 @@ std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
     elements.push_back(s.output_elements());
   }
   elements.pop_back();
-  const std::vector<BlockWeights> stored = stored_weights(blocks);
+  const std::vector<BlockWeights> stored = stored_weights(blocks, x.scalar_type(), false);
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);
     const auto packed = pack_all(
         blocks.size(), [&](size_t k) { return pack_block_forward(blocks[k].shape, stored[k], x.scalar_type()); });
-    const Between between(last.batch, elements, x.options());
+    Waves waves = waves_of(last.batch, packed);
+    const Between between(waves, elements, x.options());
+    std::optional<Stem<T>> stem;
     std::vector<BlockForward<T>> stages;
     for (size_t k = 0; k < blocks.size(); ++k) {
       const bool is_first = k == 0, is_last = k + 1 == blocks.size();
       const auto& [expand_bias, depthwise_bias, project_bias] = biases[k];
       BlockForward<T> stage = block_forward<T>(
           blocks[k].shape,
-          is_first ? x.data_ptr<T>() : between.data<T>(k - 1),
+          x.data_ptr<T>(),
           packed[k].data,
           expand_bias,
           depthwise_bias,
           project_bias,
-          is_last ? out.data_ptr<T>() : between.data<T>(k));
+          out.data_ptr<T>());
       stage.mask_expand = BlockMasks::bytes(masks[k].expand);
       stage.mask_depthwise = BlockMasks::bytes(masks[k].depthwise);
-      stage.x_image = is_first ? stage.x_image : between.image(k - 1);
-      stage.out_image = is_last ? stage.out_image : between.image(k);
+      if (blocks[k].stem.has_value()) {
+        stage.stem = &stem.emplace(*blocks[k].stem, x.data_ptr<T>());
+      }
+      if (!is_first) {
+        stage.x = between.images<const T>(k - 1);
+      }
+      if (!is_last) {
+        stage.out = between.images<T>(k);
+      }
       stages.push_back(std::move(stage));
     }
-    parallel_stages(last.batch, static_cast<int64_t>(stages.size()), [&](int64_t stage, int64_t image) {
+    if (stages.size() == 1) {
+      return stages[0].run();
+    }
+    parallel_stages(waves, static_cast<int64_t>(stages.size()), [&](int64_t stage, int64_t image) {
       stages[stage].task(image);
     });
   });
@@ -198,7 +240,7 @@ ChainGradients chain_backward(
   for (size_t stage = 0; stage + 1 < count; ++stage) {
     elements.push_back(blocks[block_of(stage)].shape.input_elements());
   }
-  const std::vector<BlockWeights> stored = stored_weights(blocks);
+  const std::vector<BlockWeights> stored = stored_weights(blocks, grad.scalar_type(), true);
   with_storage_type(grad.scalar_type(), "grad_output", [&](auto zero) {
     using T = decltype(zero);
     const auto packed = pack_all(count, [&](size_t stage) {
@@ -207,7 +249,8 @@ ChainGradients chain_backward(
       return pack_block_backward(
           s, stored[k], grad.scalar_type(), need_input || k > earliest, masks[k].checked_depthwise(s));
     });
-    const Between between(last.batch, elements, grad.options());
+    Waves waves = waves_of(last.batch, packed);
+    const Between between(waves, elements, grad.options());
     std::vector<BlockBackward<T>> stages;
     std::vector<at::Tensor> partials;
     for (size_t i = 0; i < count; ++i) {
@@ -216,21 +259,29 @@ ChainGradients chain_backward(
       T* const to_input = need_input ? gradients.input.template data_ptr<T>() : nullptr;
       BlockBackward<T> stage = block_backward<T>(
           blocks[k].shape,
-          is_first ? grad.data_ptr<T>() : between.data<T>(i - 1),
+          grad.data_ptr<T>(),
           packed[i],
-          is_last ? to_input : between.data<T>(i),
+          to_input,
           need_biases[k]);
       stage.mask_expand = masks[k].checked_expand(blocks[k].shape);
       stage.mask_depthwise = masks[k].checked_depthwise(blocks[k].shape);
-      stage.grad_output_image = is_first ? stage.grad_output_image : between.image(i - 1);
-      stage.grad_input_image = is_last ? stage.grad_input_image : between.image(i);
-      partials.push_back(stage.partial(last.batch));
+      if (!is_first) {
+        stage.grad_output = between.images<const T>(i - 1);
+      }
+      if (!is_last) {
+        stage.grad_input = between.images<T>(i);
+      }
+      partials.push_back(stage.partial());
       stages.push_back(std::move(stage));
     }
-    parallel_stages(last.batch, static_cast<int64_t>(count), [&](int64_t stage, int64_t image) {
-      const at::Tensor& partial = partials[stage];
-      stages[stage].task(image, partial.data_ptr<float>() + image * partial.size(1));
-    });
+    if (count == 1) {
+      stages[0].run(partials[0]);
+    } else {
+      parallel_stages(waves, static_cast<int64_t>(count), [&](int64_t stage, int64_t image) {
+        const at::Tensor& partial = partials[stage];
+        stages[stage].task(image, partial.data_ptr<float>() + image * partial.size(1));
+      });
+    }
     for (size_t i = 0; i < count; ++i) {
       gradients.biases[block_of(i)] = stages[i].bias_gradients(partials[i]);
     }

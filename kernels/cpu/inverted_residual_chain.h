@@ -1,14 +1,17 @@
 // Inverted residual blocks in a row, image by image: an image goes through all of them while others are elsewhere, and
 // no thread waits until a block is complete. Block by block, threads of unequal speed wait a tenth of the time.
 //
-// What lies between two blocks is not kept, and lives in two buffers that the blocks use in turn. The weights of all
-// blocks are packed beside each other, and the masks of none are freed before all have had their backward. So that this
-// takes no memory, a chain is cut into segments, none of which needs more than the chain's largest block does alone.
+// What lies between two blocks is not kept, and lives in two buffers that the blocks use in turn, of the few images that
+// are under way at a time: of a network's first blocks it never leaves a core's cache. The weights of all blocks are
+// packed beside each other, and the masks of none are freed before all have had their backward. So that this takes no
+// memory, a chain is cut into segments, none of which needs more than the chain's largest block does alone.
 #pragma once
 
+#include "dense_conv.h"
 #include "inverted_residual.h"
 
 #include <array>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -16,12 +19,14 @@ namespace tinytl::cpu {
 
 struct ChainedBlock {
   BlockShape shape;
+  // The first block's expansion may be a network's stem (stem.h); the chain's input is an image without a gradient then.
+  std::optional<DenseShape> stem;
   // Of expand, depthwise and project. Scales: of weights in 8 bits.
   std::array<OptionalTensor, 3> weights, biases, scales;
   bool needs_masks;
 
-  BlockWeights stored() const {
-    return {weights[0], scales[0], *weights[1], scales[1], *weights[2], scales[2]};
+  int64_t input_elements() const { // of an image
+    return stem.has_value() ? stem->image_elements() : shape.input_elements();
   }
 };
 

@@ -61,7 +61,7 @@ void BlockForward<T>::expand_rows(
     Segment<Element>* segments) const {
   const int64_t start = panels.start(panel);
   if (!s.has_expand) {
-    const T* source = x + image * x_image + begin * s.width * s.in_channels + start;
+    const T* source = x.at(image) + begin * s.width * s.in_channels + start;
     const int64_t width = panels.width(panel);
     const int64_t whole = std::min(s.in_channels - start, width) / kLanes * kLanes;
     for (int64_t m = 0; m < (end - begin) * s.width; ++m, source += s.in_channels) {
@@ -161,9 +161,9 @@ void BlockForward<T>::project_rows(
       {},
       [&](int64_t channel) {
         AddToTensor<T> epilogue{
-            out + image * out_image + origin + channel, s.out_channels, s.out_channels - channel};
+            out.at(image) + origin + channel, s.out_channels, s.out_channels - channel};
         if (s.residual) {
-          epilogue.addend = x + image * x_image + origin + channel;
+          epilogue.addend = x.at(image) + origin + channel;
         }
         return epilogue;
       });
@@ -177,7 +177,7 @@ void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t ow
   std::vector<TapRun> runs(s.taps());
   std::vector<Segment<Element>> segments(std::max(panels.count, stem != nullptr ? stem->segments() : 0));
   const PanelRings rings(ring_data, panels, walk, s.width);
-  const T* image_rows = x + image * x_image;
+  const T* image_rows = x.at(image);
 
   const auto advance = [&](int64_t from, int64_t to, int64_t row, int64_t row_end) {
     const int64_t* offsets = ring_offsets(from, to, s.width, walk);
@@ -208,61 +208,23 @@ void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t ow
   });
 }
 
+template <class T>
+void BlockForward<T>::run() const {
+  const Bands bands = output_bands(s);
+  parallel_tasks(bands.tasks(), [&](int64_t t) {
+    const int64_t band = t % bands.per_image;
+    task(
+        t / bands.per_image,
+        bands.begin(band),
+        bands.begin(band + 1),
+        first_owned_input(s, bands, band),
+        first_owned_input(s, bands, band + 1));
+  });
+}
+
 template struct BlockForward<float>;
 template struct BlockForward<c10::BFloat16>;
 template struct BlockForward<c10::Half>;
-
-namespace {
-
-// Both kinds of block. x: channels_last; what s.in_channels counts are its channels, or the terms of a stem.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> any_block_forward(
-    const BlockShape& s,
-    const BlockWeights& stored,
-    const at::Tensor& x,
-    const DenseShape* stem_shape,
-    const OptionalTensor& expand_bias,
-    const OptionalTensor& depthwise_bias,
-    const OptionalTensor& project_bias,
-    bool needs_mask,
-    bool want_pooled) {
-  const auto options = x.options();
-  const auto nhwc = at::MemoryFormat::ChannelsLast;
-  at::Tensor out = empty_tensor({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
-  const BlockMasks masks(s, x, needs_mask);
-  at::Tensor pooled = want_pooled ? empty_tensor({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
-                                  : empty_tensor({0}, options);
-  const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
-  const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
-  const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
-
-  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
-    using T = decltype(zero);
-    const PackedWeights packed = pack_block_forward(s, stored, x.scalar_type());
-    parallel_tasks(packed.packing);
-    BlockForward<T> forward =
-        block_forward<T>(s, x.data_ptr<T>(), packed.data, bias1, bias2, bias3, out.data_ptr<T>());
-    forward.mask_expand = masks.bytes(masks.expand);
-    forward.mask_depthwise = masks.bytes(masks.depthwise);
-    forward.pooled = pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
-    std::optional<Stem<T>> stem;
-    if (stem_shape != nullptr) {
-      forward.stem = &stem.emplace(*stem_shape, x.data_ptr<T>());
-    }
-    const Bands bands = output_bands(s);
-    parallel_tasks(bands.tasks(), [&](int64_t t) {
-      const int64_t band = t % bands.per_image;
-      forward.task(
-          t / bands.per_image,
-          bands.begin(band),
-          bands.begin(band + 1),
-          first_owned_input(s, bands, band),
-          first_owned_input(s, bands, band + 1));
-    });
-  });
-  return {out, masks.expand, masks.depthwise, pooled};
-}
-
-} // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_forward(
     const at::Tensor& x,
@@ -285,61 +247,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
       x.sizes(), expand_weight, depthwise_weight, project_weight, stride, padding, activation, residual);
   const BlockWeights stored(
       expand_weight, expand_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-  return any_block_forward(
-      s,
-      stored,
-      in_channels_last(x),
-      nullptr,
-      expand_bias,
-      depthwise_bias,
-      project_bias,
-      needs_mask,
-      want_pooled);
-}
+  const at::Tensor input = in_channels_last(x);
+  const auto options = x.options();
+  const auto nhwc = at::MemoryFormat::ChannelsLast;
+  at::Tensor out = empty_tensor({s.batch, s.out_channels, s.out_height, s.out_width}, options, nhwc);
+  const BlockMasks masks(s, x, needs_mask);
+  at::Tensor pooled = want_pooled ? empty_tensor({s.batch, s.in_channels, s.height / 2, s.width / 2}, options, nhwc)
+                                  : empty_tensor({0}, options);
+  const at::Tensor bias1 = padded_bias(expand_bias, s.expanded, "expand_bias");
+  const at::Tensor bias2 = padded_bias(depthwise_bias, s.expanded, "depthwise_bias");
+  const at::Tensor bias3 = padded_bias(project_bias, s.out_channels, "project_bias");
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward(
-    const at::Tensor& image,
-    const at::Tensor& stem_weight,
-    const OptionalTensor& stem_scale,
-    const OptionalTensor& stem_bias,
-    const at::Tensor& depthwise_weight,
-    const OptionalTensor& depthwise_scale,
-    const OptionalTensor& depthwise_bias,
-    const at::Tensor& project_weight,
-    const OptionalTensor& project_scale,
-    const OptionalTensor& project_bias,
-    at::IntArrayRef stem_stride,
-    at::IntArrayRef stem_padding,
-    int64_t stride,
-    at::IntArrayRef padding,
-    const std::string& activation,
-    bool needs_mask) {
-  const DenseShape stem(image.sizes(), stem_weight, stem_stride, stem_padding, {1, 1}, 1);
-  at::Tensor matrix;
-  with_storage_type(image.scalar_type(), "image", [&](auto zero) {
-    matrix = stem_matrix<typename DotFor<decltype(zero)>::type>(stem, stem_weight);
+  with_storage_type(x.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    const PackedWeights packed = pack_block_forward(s, stored, x.scalar_type());
+    parallel_tasks(packed.packing);
+    BlockForward<T> forward =
+        block_forward<T>(s, input.data_ptr<T>(), packed.data, bias1, bias2, bias3, out.data_ptr<T>());
+    forward.mask_expand = masks.bytes(masks.expand);
+    forward.mask_depthwise = masks.bytes(masks.depthwise);
+    forward.pooled = pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+    forward.run();
   });
-  const BlockShape s = block_shape(
-      {stem.batch, matrix.size(1), stem.rows.positions, stem.columns.positions},
-      matrix,
-      depthwise_weight,
-      project_weight,
-      stride,
-      padding,
-      activation,
-      false);
-  const BlockWeights stored(matrix, stem_scale, depthwise_weight, depthwise_scale, project_weight, project_scale);
-  auto [out, mask_stem, mask_depthwise, _] = any_block_forward(
-      s,
-      stored,
-      in_channels_last(image),
-      &stem,
-      stem_bias,
-      depthwise_bias,
-      project_bias,
-      needs_mask,
-      false);
-  return {out, mask_stem, mask_depthwise};
+  return {out, masks.expand, masks.depthwise, pooled};
 }
 
 } // namespace tinytl::cpu

@@ -14,9 +14,30 @@ namespace tinytl::cpu {
 template <class T>
 struct Stem;
 
+// Bands of rows of h2, and of rows of h1 in backward.
+inline Bands output_bands(const BlockShape& s) {
+  return {s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride)};
+}
+inline Bands input_bands(const BlockShape& s) {
+  return {s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride)};
+}
+
 // Rows [first, end) of one side, not cut to those that there are.
 struct Reads {
   int64_t first, end;
+};
+
+// The images of a tensor, one behind the other; or each at a place of its own, in a buffer that has fewer places than
+// there are images.
+template <class T>
+struct Images {
+  T* data = nullptr; // null: not wanted
+  int64_t elements = 0; // from place to place
+  const int64_t* places = nullptr; // of each image
+
+  T* at(int64_t image) const {
+    return data + (places != nullptr ? places[image] : image) * elements;
+  }
 };
 
 template <class T>
@@ -27,18 +48,16 @@ struct BlockForward {
   BlockShape s;
   Panels panels; // of the expanded channels
   Panels out_panels; // wide
-  const T* x;
+  Images<const T> x;
   const Element* expand;
   const float* depthwise;
   const Element* project;
   const uint8_t* spoiled; // 1: `project` has values that are not finite
   const float *expand_bias, *depthwise_bias, *project_bias; // null: zeros
-  T* out;
+  Images<T> out;
   uint8_t *mask_expand, *mask_depthwise; // null: not wanted
   T* pooled; // null: not wanted
   const Stem<T>* stem; // null: the expansion is 1x1
-  // Elements from image to image, where they lie further apart than they are large.
-  int64_t x_image = s.input_elements(), out_image = s.output_elements();
   ColumnRuns columns = forward_columns(s.window());
 
   // How a task goes down that many output rows, and the rows of h1 that some of them read.
@@ -78,6 +97,8 @@ struct BlockForward {
   void task(int64_t image) const { // all of it
     task(image, 0, s.out_height, 0, s.height);
   }
+  // All images, or bands of their rows, on all threads.
+  void run() const;
 };
 
 // Of expand, depthwise and project; empty where they are not wanted.
@@ -91,7 +112,7 @@ struct BlockBackward {
   BlockShape s;
   Panels panels; // of the expanded channels
   Panels in_panels; // wide
-  const T* grad_output;
+  Images<const T> grad_output;
   const uint8_t *mask_expand, *mask_depthwise; // null: everything passes
   const Element* project;
   bool dots; // it is packed for gemm_to_selected
@@ -99,13 +120,12 @@ struct BlockBackward {
   const Element* expand;
   const uint8_t* spoiled; // 1: `expand` has values that are not finite
   const T* grad_pooled; // null: none
-  T* grad_input; // null: not wanted
+  Images<T> grad_input;
   bool need_expand_bias, need_depthwise_bias, need_project_bias;
-  int64_t grad_output_image = s.output_elements(), grad_input_image = s.input_elements(); // as x_image
   std::vector<ColumnRuns> columns = transposed_phases(s.window(), s.width); // of each stride phase
 
   bool needs_g1() const {
-    return grad_input != nullptr || (need_expand_bias && s.has_expand);
+    return grad_input.data != nullptr || (need_expand_bias && s.has_expand);
   }
   bool needs_g2() const {
     return needs_g1() || need_depthwise_bias;
@@ -159,9 +179,10 @@ struct BlockBackward {
     task(image, 0, s.height, 0, s.out_height, partial);
   }
 
-  // `partial` of so many tasks, (tasks, sums).
-  at::Tensor partial(int64_t tasks) const {
-    return zero_tensor({tasks, 2 * panels.padded() + padded_channels(s.out_channels)}, at::kFloat);
+  // All images, or bands of their rows, on all threads. partial: of every task, (tasks, sums).
+  void run(const at::Tensor& partial) const;
+  at::Tensor partial() const { // zeros
+    return zero_tensor({input_bands(s).tasks(), 2 * panels.padded() + padded_channels(s.out_channels)}, at::kFloat);
   }
   BiasGradients bias_gradients(const at::Tensor& partial) const {
     return {
@@ -188,7 +209,7 @@ BlockForward<T> block_forward(
       s,
       Panels(s.expanded),
       Panels(s.out_channels, kWideGroups),
-      x,
+      {x, s.input_elements()},
       layout.into(weights),
       layout.depthwise(weights),
       layout.out(weights),
@@ -196,7 +217,7 @@ BlockForward<T> block_forward(
       values(expand_bias),
       values(depthwise_bias),
       values(project_bias),
-      out,
+      {out, s.output_elements()},
       nullptr,
       nullptr,
       nullptr,
@@ -222,7 +243,7 @@ BlockBackward<T> block_backward(
       s,
       Panels(s.expanded),
       Panels(s.in_channels, kWideGroups),
-      grad_output,
+      {grad_output, s.output_elements()},
       nullptr,
       nullptr,
       layout.into(weights.data),
@@ -231,18 +252,10 @@ BlockBackward<T> block_backward(
       expand,
       layout.spoiled(weights.data),
       nullptr,
-      grad_input,
+      {grad_input, s.input_elements()},
       need_biases[0],
       need_biases[1],
       need_biases[2]};
-}
-
-// Bands of rows of h2, and of rows of h1 in backward.
-inline Bands output_bands(const BlockShape& s) {
-  return {s.batch, s.out_height, ceil_div(std::max<int64_t>(s.kernel_height - s.stride, 0), s.stride)};
-}
-inline Bands input_bands(const BlockShape& s) {
-  return {s.batch, s.height, ceil_div(s.kernel_height - 1, s.stride)};
 }
 
 // Which rows of h1 a band of rows of h2 owns, and the other way round in backward: from the first that the band's first

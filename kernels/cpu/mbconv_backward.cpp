@@ -157,7 +157,7 @@ struct Backward {
   void project_rows(
       int64_t image, int64_t begin, int64_t end, const Element* z2, int64_t row_pixels, float* task_sums) const {
     const auto operand = operand_rows<Dot>(
-        block.grad_output + image * block.grad_output_image + begin * s.out_width * s.out_channels,
+        block.grad_output.at(image) + begin * s.out_width * s.out_channels,
         (end - begin) * s.out_width, s.out_channels, s.out_channels);
     const int64_t* offsets = ring_offsets(begin, end, s.out_width, layout.g2);
     float *g2 = buffer_of(image), *slopes2 = gate.has_value() ? g2 + layout.slopes2 : nullptr;
@@ -243,7 +243,7 @@ struct Backward {
           times_slopes(panel_rows, s.width, width, slopes, bias_sums + start);
         }
       }
-      if (block.grad_input != nullptr) {
+      if (block.grad_input.data != nullptr) {
         block.expand_rows(image, row, row_end, g1, step_pixels, segments.data());
       }
     }

@@ -158,7 +158,7 @@ void advance_rows(
   Segment<typename Dot::Element> operand{};
   if (s.has_expand) {
     operand = operand_rows<Dot>(
-        block.x + image * block.x_image + from * s.width * s.in_channels, (to - from) * s.width, s.in_channels,
+        block.x.at(image) + from * s.width * s.in_channels, (to - from) * s.width, s.in_channels,
         s.in_channels);
   }
   for (int64_t p = 0; p < block.panels.count; ++p) {

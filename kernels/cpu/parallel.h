@@ -16,6 +16,7 @@
 #include <atomic>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -72,61 +73,139 @@ inline void parallel_tasks(const std::vector<Tasks>& lists) {
   });
 }
 
-// Calls body(stage, item) for stages [0, stages) of each of `items` items: those of one item in order, and nobody waits
-// until a stage is complete. A thread goes through the stages with its own share of the items, the furthest behind
-// first, so that what a stage reads (its weights) is read for all of them while it is in cache; then it helps with the
-// others'.
+// Items on their way through stages: a share for every thread, of which it has a wave of so many under way at a time. An
+// item that is under way has a place, of which there are as many as can be under way at once.
+class Waves {
+ public:
+  Waves(int64_t items, int64_t wave)
+      : shares_(std::min<int64_t>(at::get_num_threads(), items)),
+        wave_(std::min(wave, ceil_div(items, std::max<int64_t>(shares_, 1)))),
+        places_(items) {}
+  int64_t items() const {
+    return static_cast<int64_t>(places_.size());
+  }
+  int64_t shares() const {
+    return shares_;
+  }
+  int64_t wave() const {
+    return wave_;
+  }
+  int64_t places() const {
+    return shares_ * wave_;
+  }
+  // Of each item, once it is under way.
+  int64_t* place() {
+    return places_.data();
+  }
+
+ private:
+  int64_t shares_, wave_;
+  std::vector<int64_t> places_;
+};
+
+// Where an item is under way, on a cache line of its own.
+struct alignas(64) Place {
+  static constexpr int64_t kFree = -1;
+  std::atomic<int64_t> item{kFree}, stage{0}; // its next one
+  std::atomic<bool> taken{false}; // by a thread that is at it
+};
+
+struct alignas(64) UnderWay {
+  std::atomic<int64_t> items{0};
+};
+
+// Calls body(stage, item) for stages [0, stages) of each item: those of one item in order, and nobody waits until a stage
+// is complete. A thread goes through the stages with a wave of its share, the item that is furthest behind first, so that
+// what a stage reads (its weights) is read for all of them while it is in cache. When its share is done it begins others'
+// items, and when all have begun it helps with those.
 template <class Body>
-void parallel_stages(int64_t items, int64_t stages, const Body& body) {
-  struct alignas(64) Item {
-    std::atomic<int64_t> next{0}; // stage
-    std::atomic<bool> taken{false};
-  };
-  std::vector<Item> all(items);
-  std::atomic<int64_t> left{stages > 0 ? items : 0};
+void parallel_stages(Waves& waves, int64_t stages, const Body& body) {
+  const int64_t items = stages > 0 ? waves.items() : 0, count = waves.shares(), wave = waves.wave();
+  std::vector<Share> shares(count);
+  std::vector<Place> places(waves.places());
+  std::vector<UnderWay> under_way(count); // in the places of each share
+  for (int64_t s = 0; s < count; ++s) {
+    shares[s].next.store(items * s / count, std::memory_order_relaxed);
+    shares[s].end = items * (s + 1) / count;
+  }
+  std::atomic<int64_t> left{items};
   std::atomic<bool> failed{false};
-  // The item of [begin, end) that is furthest behind, taken for the caller; `end` where all are taken or done.
-  const auto take = [&](int64_t begin, int64_t end) {
+
+  // Begins an item of a share in a place of the caller's, if there is one left.
+  const auto begin = [&](int64_t share, int64_t thread, int64_t place) {
+    const int64_t item = shares[share].next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= shares[share].end) {
+      return false;
+    }
+    waves.place()[item] = place;
+    under_way[thread].items.fetch_add(1, std::memory_order_relaxed);
+    places[place].stage.store(0, std::memory_order_relaxed);
+    places[place].item.store(item, std::memory_order_release);
+    return true;
+  };
+  const auto begin_wave = [&](int64_t thread) {
+    int64_t begun = 0;
+    while (begun < wave && begin(thread, thread, thread * wave + begun)) {
+      ++begun;
+    }
+    for (int64_t i = 1; begun == 0 && i < count; ++i) {
+      begun += begin((thread + i) % count, thread, thread * wave);
+    }
+  };
+  // The place of a thread's whose item is furthest behind, taken for the caller; null where all are taken or free.
+  const auto take = [&](int64_t thread) -> Place* {
     for (;;) {
-      int64_t found = end, least = stages;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t stage = all[i].next.load(std::memory_order_relaxed);
-        if (stage < least && !all[i].taken.load(std::memory_order_relaxed)) {
-          found = i, least = stage;
+      Place* found = nullptr;
+      int64_t least = stages;
+      for (int64_t p = thread * wave; p < (thread + 1) * wave; ++p) {
+        if (places[p].item.load(std::memory_order_acquire) == Place::kFree || places[p].taken.load(std::memory_order_relaxed)) {
+          continue;
+        }
+        const int64_t stage = places[p].stage.load(std::memory_order_relaxed);
+        if (stage < least) {
+          found = &places[p], least = stage;
         }
       }
-      if (found == end || !all[found].taken.exchange(true, std::memory_order_acquire)) {
-        return found;
+      if (found == nullptr) {
+        return nullptr;
+      }
+      if (!found->taken.exchange(true, std::memory_order_acquire)) {
+        if (found->item.load(std::memory_order_acquire) != Place::kFree) {
+          return found;
+        }
+        found->taken.store(false, std::memory_order_release); // another thread has just done its last stage
       }
     }
   };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
-  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    const int64_t own = items * thread / threads, own_end = items * (thread + 1) / threads;
+  at::parallel_for(0, count, 1, [&](int64_t thread, int64_t) {
     while (left.load(std::memory_order_acquire) > 0 && !failed.load(std::memory_order_relaxed)) {
-      int64_t i = take(own, own_end);
-      if (i == own_end) {
-        i = take(0, items);
-        if (i == items) {
-          std::this_thread::yield();
-          continue;
-        }
+      if (under_way[thread].items.load(std::memory_order_acquire) == 0) {
+        begin_wave(thread);
       }
-      Item& item = all[i];
-      const int64_t stage = item.next.load(std::memory_order_relaxed);
-      if (stage < stages) { // else the thread that had it has just done its last one
-        try {
-          body(stage, i);
-        } catch (...) {
-          failed.store(true, std::memory_order_relaxed);
-          throw;
-        }
-        item.next.store(stage + 1, std::memory_order_relaxed);
-        if (stage + 1 == stages) {
-          left.fetch_sub(1, std::memory_order_release);
-        }
+      Place* place = nullptr;
+      int64_t owner = thread;
+      for (int64_t i = 0; place == nullptr && i < count; ++i) {
+        owner = (thread + i) % count;
+        place = take(owner);
       }
-      item.taken.store(false, std::memory_order_release);
+      if (place == nullptr) {
+        std::this_thread::yield();
+        continue;
+      }
+      const int64_t stage = place->stage.load(std::memory_order_relaxed);
+      try {
+        body(stage, place->item.load(std::memory_order_relaxed));
+      } catch (...) {
+        failed.store(true, std::memory_order_relaxed);
+        throw;
+      }
+      place->stage.store(stage + 1, std::memory_order_relaxed);
+      if (stage + 1 == stages) {
+        place->item.store(Place::kFree, std::memory_order_relaxed);
+        under_way[owner].items.fetch_sub(1, std::memory_order_release);
+        left.fetch_sub(1, std::memory_order_release);
+      }
+      place->taken.store(false, std::memory_order_release);
     }
   });
 }

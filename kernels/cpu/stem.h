@@ -47,32 +47,22 @@ struct Stem {
   }
 };
 
+// How many terms a result of it has, for activations of `dtype`: what the block behind it takes for its input channels.
+inline int64_t stem_terms(const DenseShape& stem, at::ScalarType dtype) {
+  int64_t depth = 0;
+  with_storage_type(dtype, "image", [&](auto zero) {
+    depth = packed_depth<typename DotFor<decltype(zero)>::type>(stem.in_channels);
+  });
+  return stem.taps() * depth;
+}
+
 // The weight (O, C, kh, kw) of a stem as that of the expansion, (O, terms, 1, 1), the terms in the order of `runs`.
-template <class Dot>
-at::Tensor stem_matrix(const DenseShape& stem, const at::Tensor& weight) {
-  const int64_t depth = packed_depth<Dot>(stem.in_channels);
+inline at::Tensor stem_matrix(const DenseShape& stem, const at::Tensor& weight, at::ScalarType dtype) {
+  const int64_t terms = stem_terms(stem, dtype), depth = terms / stem.taps();
   at::Tensor matrix = zero_tensor(
       {stem.out_channels, stem.rows.kernel, stem.columns.kernel, depth}, weight.options().memory_format(std::nullopt));
   matrix.narrow(3, 0, stem.in_channels).copy_(weight.permute({0, 2, 3, 1}));
-  return matrix.view({stem.out_channels, stem.taps() * depth, 1, 1});
+  return matrix.view({stem.out_channels, terms, 1, 1});
 }
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_block_forward( // (out, mask_stem, mask_depthwise)
-    const at::Tensor& image,
-    const at::Tensor& stem_weight,
-    const OptionalTensor& stem_scale,
-    const OptionalTensor& stem_bias,
-    const at::Tensor& depthwise_weight,
-    const OptionalTensor& depthwise_scale,
-    const OptionalTensor& depthwise_bias,
-    const at::Tensor& project_weight,
-    const OptionalTensor& project_scale,
-    const OptionalTensor& project_bias,
-    at::IntArrayRef stem_stride,
-    at::IntArrayRef stem_padding,
-    int64_t stride,
-    at::IntArrayRef padding,
-    const std::string& activation,
-    bool needs_mask);
 
 } // namespace tinytl::cpu

@@ -21,10 +21,10 @@ class FusedSequential(nn.Sequential):
 
     * an optional 1x1 expansion, a depthwise convolution and a 1x1 projection as one
       :func:`tinytl_kernels.ops.frozen_inverted_residual`,
-    * a stem (a dense convolution of an image, alone or in a ``Sequential``) and the block without expansion behind it
-      in one call, where the backend has one: what the stem makes never reaches memory then,
     * blocks in a row, with or without lite residuals, in one call, where the backend has one: they compute what they
-      compute one by one, without the interpreter between them.
+      compute one by one, without the interpreter between them,
+    * with them a stem (a dense convolution of an image, alone or in a ``Sequential``) in front of a block without
+      expansion: what the stem makes never reaches memory then.
 
     Networks whose layers stand in one long ``Sequential`` (torchvision's MNASNet begins with a depthwise and a 1x1
     convolution) have no module that :class:`FrozenInvertedResidual` could take the place of. The children keep their
@@ -46,15 +46,18 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         children = in_a_row(self)
         at = looked_at = 0  # a chain that was refused is not looked at again from its second block on
+        behind_chain = None  # where no block begins
         while at < len(children):
             output = None
-            if isinstance(input, Tensor) and input.dim() == 4:
-                output, after = _stem_and_block(children, at, input)
+            if at != behind_chain and isinstance(input, Tensor) and input.dim() == 4:
+                output, after = _chain_from_stem(children, at, input)
                 if output is None and at >= looked_at:
                     output, after = _chain(children, at, input)
                     looked_at = after
                 if output is None:
                     output, after = _block(children, at, input)
+                else:
+                    behind_chain = after
             if output is None:
                 output, after = children[at](input), at + 1
             input, at = output, after
@@ -70,34 +73,41 @@ def in_a_row(sequential: nn.Sequential) -> list[nn.Module]:
     return children
 
 
-def _stem_and_block(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
-    """What a stem and a block that begin at ``children[at]`` make of ``image``, and the index of the child behind them;
-    None where they are not computed in one call. So do the two functions below."""
+def _chain_from_stem(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
+    """What a stem that is ``children[at]`` makes of ``image`` with the blocks behind it, and the index of the child after
+    them; None where they are not computed in one call. So do the two functions below."""
     if image.size(1) > _IMAGE_CHANNELS:
         return None, at
     stem, *convs, after = stem_at(children, at)
-    if stem is None or not ops.offers_stem_block(image):
+    if stem is None or not ops.offers_block_chain(image):
         return None, at
     image = ops.autocast_input(image)
-    weight, bias, scale = stem.operands()
-    padding = stem.four_paddings(image)
-    block = block_of(None, *convs, False, ops.stem_output(image, weight, stem.stride, padding))
-    return ops.stem_block(image, weight, bias, stem.stride, padding, block, weight_scale=scale), after
+    stem = ops.Stem(*stem.operands(), stem.stride, stem.four_paddings(image))
+    blocks, at = _links([((None, *convs), after), *chain_at(children, after)], stem.output(image))
+    return ops.block_chain(image, blocks, stem), at
 
 
 def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
     chain = chain_at(children, at)
     if len(chain) < 2 or not ops.offers_block_chain(image):
         return None, chain[-1][1] if chain else at
-    before = image = ops.autocast_input(image)
-    blocks = []
+    image = ops.autocast_input(image)
+    blocks, at = _links(chain, image)
+    return ops.block_chain(image, blocks) if len(blocks) > 1 else None, at
+
+
+def _links(
+    chain: Sequence[tuple[nn.Module | tuple, int]], image: Tensor | ops.Described
+) -> tuple[list[ops.Block], int]:
+    """The blocks of ``chain`` up to the first that no chain computes, and the index of the child behind them."""
+    blocks, at = [], 0
     for block, after in chain:
-        block = block_of(*block, False, before) if isinstance(block, tuple) else block.chain_link(before)
+        block = block_of(*block, False, image) if isinstance(block, tuple) else block.chain_link(image)
         if block is None:
             break
         blocks.append(block)
-        before, at = ops.block_output(block), after
-    return ops.block_chain(image, blocks) if len(blocks) > 1 else None, at
+        image, at = ops.block_output(block), after
+    return blocks, at
 
 
 def _block(children: Sequence[nn.Module], at: int, input: Tensor) -> tuple[Tensor | None, int]:

@@ -2,7 +2,7 @@
 
 from tinytl_kernels.ops.activation import activation
 from tinytl_kernels.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
-from tinytl_kernels.ops.block import Block, Branch, Described, Running
+from tinytl_kernels.ops.block import Block, Branch, Described, Running, Stem
 from tinytl_kernels.ops.block_chain import block_chain, block_output, offers_block_chain
 from tinytl_kernels.ops.dropout import dropout
 from tinytl_kernels.ops.frozen_conv import frozen_conv
@@ -14,7 +14,6 @@ from tinytl_kernels.ops.lite_branch import Norm, lite_branch
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.mbconv import SqueezeExcite, mbconv, offers_mbconv
 from tinytl_kernels.ops.pad import pad2d
-from tinytl_kernels.ops.stem_block import offers_stem_block, stem_block, stem_output
 from tinytl_kernels.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "Norm",
     "Running",
     "SqueezeExcite",
+    "Stem",
     "activation",
     "adaptive_avg_pool2d",
     "autocast_input",
@@ -41,9 +41,6 @@ __all__ = [
     "mbconv",
     "offers_block_chain",
     "offers_mbconv",
-    "offers_stem_block",
     "pad2d",
-    "stem_block",
-    "stem_output",
     "upsample_add",
 ]

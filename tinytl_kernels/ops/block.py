@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinytl_kernels.ops.frozen_conv import conv_output_size
 from tinytl_kernels.ops.lite_branch import Norm
 
 
@@ -59,6 +60,22 @@ class Branch(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Weights and norms."""
         return (self.weight1, *self.norm1[:4], self.weight2, *self.norm2[:4])
+
+
+class Stem(NamedTuple):
+    """A network's first convolution: the arguments of :func:`frozen_conv`, of an image of few channels; it has no
+    dilation and no groups, and the activation of the block behind it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    def output(self, image: Tensor) -> Described:
+        """What it makes of ``image``."""
+        size = conv_output_size(image.shape, self.weight.shape, self.stride, self.padding, (1, 1))
+        return Described((image.size(0), self.weight.size(0), *size), image.dtype, image.device)
 
 
 class Block(NamedTuple):

@@ -86,6 +86,26 @@ def test_the_bits_of_blocks_one_by_one(size, images, count, monkeypatch):
         assert seen[FORWARD] == seen[BACKWARD] < BLOCKS - 1
 
 
+@pytest.mark.parametrize("images", [1, 7, 16, 17])
+def test_weights_that_leave_a_cache_are_read_for_several_images(images, monkeypatch):
+    """Blocks whose weights are packed into more than a thread's budget go through in waves of two images and more."""
+    block = tk.FrozenInvertedResidual
+    model = FusedSequential(
+        block(9, 16, expand_ratio=2, stride=2),
+        block(16, 96, expand_ratio=4, stride=2),
+        block(96, 96, expand_ratio=5, stride=2),
+        block(96, 96, expand_ratio=5),
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)
+    model, x = model.to(memory_format=torch.channels_last), image(images, 9, 96, 96)
+    with num_threads(2):
+        ours = step(model, x, False)
+        assert_bits(ours, one_by_one(model, monkeypatch, lambda m: step(m, x, False)))
+        assert images % 2 or kernels(lambda: step(model, x, False))[BACKWARD] < len(model)
+        assert_bits(step(model, x, False), ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("bits", [32, 8])

@@ -20,7 +20,7 @@ from tinytl_kernels.nn import FusedSequential
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-NAME = "stem_block"
+NAME = "block_chain"
 
 
 @pytest.fixture(autouse=True, scope="module")

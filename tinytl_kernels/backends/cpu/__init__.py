@@ -14,7 +14,6 @@ from tinytl_kernels.backends.cpu import (
     lite_branch,
     mbconv,
     pooling,
-    stem_block,
     upsample_add,
 )
 from tinytl_kernels.backends.cpu.build import load_kernels
@@ -36,7 +35,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
-FUSED = {**block_chain.FUSED, **mbconv.FUSED, **stem_block.FUSED}
+FUSED = {**block_chain.FUSED, **mbconv.FUSED}
 
 
 def unavailable_reason() -> str | None:

@@ -12,13 +12,16 @@ from tinytl_kernels.core.layout import memory_format
 
 
 def block_chain(input: Tensor, links: Sequence) -> Tensor | None:
-    if memory_format(input) is not torch.channels_last:
+    stem = links[0].stem
+    if memory_format(input, *(() if stem is None else (stem.weight,))) is not torch.channels_last:
         return None
     if not all(fused(link.stride, link.activation) for link in links):
         return None
-    tensors, numbers, reals, activations, running = [], [], [], [], []
+    tensors, numbers, reals, activations, running = [], [stem is not None], [], [], []
     for link in links:
         tensors += (*link.convs, *link.scales)
+        if link.stem is not None:
+            numbers += (*link.stem.stride, *link.stem.padding)
         numbers += (*link.stride, *link.padding, link.residual, link.needs_masks, link.branch is not None)
         activations.append(link.activation or "none")
         if link.branch is None:
