@@ -384,6 +384,7 @@ struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
 // What autograd's node of a chain keeps beside tensors.
 struct ChainRecord : torch::CustomClassHolder {
   std::vector<BlockShape> shapes;
+  std::vector<bool> needs_masks;
   std::optional<DenseShape> stem;
   std::vector<std::array<int64_t, 3>> edges; // to each block's biases, -1: none
 };
@@ -410,18 +411,17 @@ struct InvertedResiduals : Function<InvertedResiduals> {
           block.stem.has_value() ? "stem" : "expand", block.weights[0], block.scales[0], *block.weights[1], block.scales[1], *block.weights[2],
           block.scales[2]);
       record->shapes.push_back(block.shape);
+      record->needs_masks.push_back(block.needs_masks);
       record->edges.push_back({edges.of(expand), edges.of(depthwise), edges.of(project)});
     }
     TINYTL_RECORDED("inverted_residual_forward");
     auto [output, masks] = chain_forward(input, blocks);
-    variable_list kept;
-    for (size_t k = 0; k < blocks.size(); ++k) {
+    variable_list kept{masks};
+    for (const ChainedBlock& block : blocks) {
       for (size_t layer = 0; layer < 3; ++layer) {
-        kept.push_back(or_undefined(blocks[k].weights[layer]));
-        kept.push_back(or_undefined(blocks[k].scales[layer]));
+        kept.push_back(or_undefined(block.weights[layer]));
+        kept.push_back(or_undefined(block.scales[layer]));
       }
-      kept.push_back(masks[k].expand);
-      kept.push_back(masks[k].depthwise);
     }
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data["arguments"] = static_cast<int64_t>(biases.size()) + 2;
@@ -434,19 +434,18 @@ struct InvertedResiduals : Function<InvertedResiduals> {
     const auto saved = ctx->get_saved_variables();
     const auto wanted = [&](int64_t edge) { return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge)); };
     std::vector<ChainedBlock> blocks;
-    std::vector<BlockMasks> masks;
     std::vector<std::array<bool, 3>> need;
     auto next = saved.begin();
+    const at::Tensor& masks = *next++;
     for (size_t k = 0; k < record->shapes.size(); ++k) {
       ChainedBlock& block = blocks.emplace_back();
       block.shape = record->shapes[k];
       block.stem = k == 0 ? record->stem : std::nullopt;
+      block.needs_masks = record->needs_masks[k];
       for (size_t layer = 0; layer < 3; ++layer) {
         block.weights[layer] = or_none(*next++);
         block.scales[layer] = or_none(*next++);
       }
-      const at::Tensor& expand_mask = *next++;
-      masks.emplace_back(expand_mask, *next++);
       const auto& [expand, depthwise, project] = record->edges[k];
       need.push_back({wanted(expand), wanted(depthwise), wanted(project)});
     }

@@ -45,9 +45,11 @@ struct BlockShape {
   bool masks_expand() const {
     return masks() && has_expand;
   }
-  int64_t masks_size() const { // bytes of both
-    const int64_t pixels = (masks_expand() ? height * width : 0) + (masks() ? out_height * out_width : 0);
-    return batch * pixels * mask_bytes(expanded);
+  int64_t expand_mask_size() const { // bytes
+    return masks_expand() ? batch * height * width * mask_bytes(expanded) : 0;
+  }
+  int64_t depthwise_mask_size() const {
+    return masks() ? batch * out_height * out_width * mask_bytes(expanded) : 0;
   }
   int64_t input_elements() const { // of an image
     return height * width * in_channels;

@@ -48,17 +48,19 @@ int64_t images_under_way(int64_t packed_bytes) {
 }
 
 // What one block after the other makes and the next one reads, between a first and a last tensor: two buffers in turn,
-// with a place for every image that is under way.
+// with a place for every image; with waves, for every image that is under way.
 class Between {
  public:
   // elements: of an image of each tensor.
-  Between(Waves& waves, const std::vector<int64_t>& elements, const at::TensorOptions& options)
-      : place_(waves.place()) {
+  Between(
+      int64_t images, std::optional<Waves>& waves, const std::vector<int64_t>& elements, const at::TensorOptions& options)
+      : place_(waves.has_value() ? waves->place() : nullptr) {
+    const int64_t places = waves.has_value() ? waves->places() : images;
     for (size_t i = 0; i < elements.size(); ++i) {
       image_[i % 2] = std::max(image_[i % 2], elements[i]);
     }
     for (int side = 0; side < 2; ++side) {
-      buffers_[side] = empty_tensor({waves.places(), image_[side]}, options);
+      buffers_[side] = empty_tensor({places, image_[side]}, options);
     }
   }
   template <class T>
@@ -67,18 +69,56 @@ class Between {
   }
 
  private:
-  const int64_t* place_; // of each image
+  const int64_t* place_; // of each image; null: one behind the other
   std::array<int64_t, 2> image_{};
   std::array<at::Tensor, 2> buffers_;
 };
 
-Waves waves_of(int64_t images, const std::vector<PackedWeights>& packed) {
+// Whether blocks [first, last] are computed image by image: where there is more than one, and whole images are what
+// threads share. Else they share bands of rows, and wait for each other between two blocks.
+bool by_image(const std::vector<ChainedBlock>& blocks, size_t first, size_t last) {
+  return last > first && std::all_of(blocks.begin() + first, blocks.begin() + last + 1, [](const ChainedBlock& block) {
+    return output_bands(block.shape).per_image == 1 && input_bands(block.shape).per_image == 1;
+  });
+}
+
+// Of `blocks`, where they are computed image by image.
+std::optional<Waves> waves_of(const std::vector<ChainedBlock>& blocks, const std::vector<PackedWeights>& packed) {
+  if (!by_image(blocks, 0, blocks.size() - 1)) {
+    return std::nullopt;
+  }
   int64_t bytes = 0;
   for (const PackedWeights& weights : packed) {
     bytes += static_cast<int64_t>(weights.data.nbytes());
   }
-  return {images, images_under_way(bytes)};
+  return Waves(blocks[0].shape.batch, images_under_way(bytes));
 }
+
+// Where the masks of blocks are in one tensor, beside each other. expand, depthwise: -1 where there is none.
+struct MaskPlaces {
+  struct Pair {
+    int64_t expand = -1, depthwise = -1;
+  };
+  std::vector<Pair> of;
+  int64_t bytes = 0;
+
+  explicit MaskPlaces(const std::vector<ChainedBlock>& blocks) {
+    const auto place = [&](bool wanted, int64_t size) {
+      const int64_t begin = wanted ? bytes : -1;
+      bytes += wanted ? size : 0;
+      return begin;
+    };
+    for (const ChainedBlock& block : blocks) {
+      const BlockShape& s = block.shape;
+      Pair& pair = of.emplace_back();
+      pair.expand = place(block.needs_masks && s.masks_expand(), s.expand_mask_size());
+      pair.depthwise = place(block.needs_masks && s.masks(), s.depthwise_mask_size());
+    }
+  }
+  static uint8_t* at(const at::Tensor& masks, int64_t place) {
+    return place >= 0 ? masks.data_ptr<uint8_t>() + place : nullptr;
+  }
+};
 
 // Bytes that blocks [first, last] need at once, beside the masks of the blocks before them and the chain's input: in
 // backward, and in forward if that is not less. An image is always the caller's, and has no gradient.
@@ -97,14 +137,15 @@ int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, siz
       between[k % 2] = std::max(between[k % 2], s.output_elements() * element);
     }
     if (blocks[k].needs_masks) {
-      bytes += s.masks_size();
+      bytes += s.expand_mask_size() + s.depthwise_mask_size();
     }
     with_storage_type(dtype, "input", [&](auto zero) {
       packed += BlockPack<typename DotFor<decltype(zero)>::type>::forward(s).bytes();
     });
   }
-  const Waves waves(blocks[first].shape.batch, images_under_way(packed));
-  return bytes + packed + (between[0] + between[1]) * waves.places();
+  const int64_t batch = blocks[first].shape.batch;
+  const int64_t places = by_image(blocks, first, last) ? Waves(batch, images_under_way(packed)).places() : batch;
+  return bytes + packed + (between[0] + between[1]) * places;
 }
 
 } // namespace
@@ -120,21 +161,16 @@ std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::
     const int64_t bytes = masks_before.back() + segment_bytes(blocks, k, k, dtype);
     backward_limit = std::max(backward_limit, bytes);
     forward_limit = std::max(forward_limit, bytes + beside(k));
-    masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.masks_size() : 0));
+    masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.expand_mask_size() + blocks[k].shape.depthwise_mask_size() : 0));
   }
   const auto fits = [&](size_t first, size_t last) {
     const int64_t bytes = masks_before[first] + segment_bytes(blocks, first, last, dtype);
     return bytes <= backward_limit && bytes + beside(first) <= forward_limit;
   };
-  // Image by image only where whole images are what threads share.
-  const auto whole_images = [](const BlockShape& s) {
-    return output_bands(s).per_image == 1 && input_bands(s).per_image == 1;
-  };
   std::vector<size_t> ends;
   for (size_t first = 0; first < blocks.size();) {
     size_t end = first + 1;
-    while (end < blocks.size() && whole_images(blocks[first].shape) &&
-           whole_images(blocks[end].shape) && fits(first, end)) {
+    while (end < blocks.size() && fits(first, end)) {
       ++end;
     }
     ends.push_back(end);
@@ -143,18 +179,18 @@ std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::
   return ends;
 }
 
-std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
+std::pair<at::Tensor, at::Tensor> chain_forward(
     const at::Tensor& input, const std::vector<ChainedBlock>& blocks) {
   const at::Tensor x = in_channels_last(input);
   const BlockShape& last = blocks.back().shape;
   at::Tensor out = empty_tensor(
       {last.batch, last.out_channels, last.out_height, last.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
-  std::vector<BlockMasks> masks;
+  const MaskPlaces places(blocks);
+  at::Tensor masks = empty_tensor({places.bytes}, x.options().dtype(at::kByte));
   std::vector<std::array<at::Tensor, 3>> biases;
   std::vector<int64_t> elements;
   for (const ChainedBlock& block : blocks) {
     const BlockShape& s = block.shape;
-    masks.emplace_back(s, x, block.needs_masks);
     biases.push_back(
         {padded_bias(block.biases[0], s.expanded, "expand_bias"),
          padded_bias(block.biases[1], s.expanded, "depthwise_bias"),
@@ -167,8 +203,8 @@ std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
     using T = decltype(zero);
     const auto packed = pack_all(
         blocks.size(), [&](size_t k) { return pack_block_forward(blocks[k].shape, stored[k], x.scalar_type()); });
-    Waves waves = waves_of(last.batch, packed);
-    const Between between(waves, elements, x.options());
+    std::optional<Waves> waves = waves_of(blocks, packed);
+    const Between between(last.batch, waves, elements, x.options());
     std::optional<Stem<T>> stem;
     std::vector<BlockForward<T>> stages;
     for (size_t k = 0; k < blocks.size(); ++k) {
@@ -182,8 +218,8 @@ std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
           depthwise_bias,
           project_bias,
           out.data_ptr<T>());
-      stage.mask_expand = BlockMasks::bytes(masks[k].expand);
-      stage.mask_depthwise = BlockMasks::bytes(masks[k].depthwise);
+      stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
+      stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
       if (blocks[k].stem.has_value()) {
         stage.stem = &stem.emplace(*blocks[k].stem, x.data_ptr<T>());
       }
@@ -195,10 +231,13 @@ std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
       }
       stages.push_back(std::move(stage));
     }
-    if (stages.size() == 1) {
-      return stages[0].run();
+    if (!waves.has_value()) {
+      for (const BlockForward<T>& stage : stages) {
+        stage.run();
+      }
+      return;
     }
-    parallel_stages(waves, static_cast<int64_t>(stages.size()), [&](int64_t stage, int64_t image) {
+    parallel_stages(*waves, static_cast<int64_t>(stages.size()), [&](int64_t stage, int64_t image) {
       stages[stage].task(image);
     });
   });
@@ -208,7 +247,7 @@ std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
 ChainGradients chain_backward(
     const at::Tensor& grad_output,
     const std::vector<ChainedBlock>& blocks,
-    const std::vector<BlockMasks>& masks,
+    const at::Tensor& masks,
     bool need_input,
     const std::vector<std::array<bool, 3>>& need_biases) {
   const BlockShape& first = blocks.front().shape;
@@ -235,6 +274,13 @@ ChainGradients chain_backward(
   if (count == 0) {
     return gradients;
   }
+  const MaskPlaces places(blocks);
+  TORCH_CHECK(masks.numel() == places.bytes, "masks: expected ", places.bytes, " bytes, got ", masks.numel());
+  for (size_t k = earliest; k < blocks.size(); ++k) {
+    TORCH_CHECK(
+        blocks[k].needs_masks || !blocks[k].shape.masks(),
+        "needs_masks: a gradient is asked for, so expected True, got False");
+  }
   const auto block_of = [&](size_t stage) { return blocks.size() - 1 - stage; };
   std::vector<int64_t> elements;
   for (size_t stage = 0; stage + 1 < count; ++stage) {
@@ -247,10 +293,10 @@ ChainGradients chain_backward(
       const size_t k = block_of(stage);
       const BlockShape& s = blocks[k].shape;
       return pack_block_backward(
-          s, stored[k], grad.scalar_type(), need_input || k > earliest, masks[k].checked_depthwise(s));
+          s, stored[k], grad.scalar_type(), need_input || k > earliest, MaskPlaces::at(masks, places.of[k].depthwise));
     });
-    Waves waves = waves_of(last.batch, packed);
-    const Between between(waves, elements, grad.options());
+    std::optional<Waves> waves = waves_of(blocks, packed);
+    const Between between(last.batch, waves, elements, grad.options());
     std::vector<BlockBackward<T>> stages;
     std::vector<at::Tensor> partials;
     for (size_t i = 0; i < count; ++i) {
@@ -263,8 +309,8 @@ ChainGradients chain_backward(
           packed[i],
           to_input,
           need_biases[k]);
-      stage.mask_expand = masks[k].checked_expand(blocks[k].shape);
-      stage.mask_depthwise = masks[k].checked_depthwise(blocks[k].shape);
+      stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
+      stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
       if (!is_first) {
         stage.grad_output = between.images<const T>(i - 1);
       }
@@ -274,10 +320,11 @@ ChainGradients chain_backward(
       partials.push_back(stage.partial());
       stages.push_back(std::move(stage));
     }
-    if (count == 1) {
-      stages[0].run(partials[0]);
-    } else {
-      parallel_stages(waves, static_cast<int64_t>(count), [&](int64_t stage, int64_t image) {
+    for (size_t i = 0; i < count && !waves.has_value(); ++i) {
+      stages[i].run(partials[i]);
+    }
+    if (waves.has_value()) {
+      parallel_stages(*waves, static_cast<int64_t>(count), [&](int64_t stage, int64_t image) {
         const at::Tensor& partial = partials[stage];
         stages[stage].task(image, partial.data_ptr<float>() + image * partial.size(1));
       });

@@ -33,8 +33,8 @@ struct ChainedBlock {
 // Where the segments of one block or more end: the index behind the last block of each. dtype: of the activations.
 std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype);
 
-// The last block's output, and each block's masks.
-std::pair<at::Tensor, std::vector<BlockMasks>> chain_forward(
+// The last block's output, and the masks of all blocks, in one tensor of bytes.
+std::pair<at::Tensor, at::Tensor> chain_forward(
     const at::Tensor& x, const std::vector<ChainedBlock>& blocks);
 
 struct ChainGradients {
@@ -46,7 +46,7 @@ struct ChainGradients {
 ChainGradients chain_backward(
     const at::Tensor& grad_output,
     const std::vector<ChainedBlock>& blocks,
-    const std::vector<BlockMasks>& masks,
+    const at::Tensor& masks,
     bool need_input,
     const std::vector<std::array<bool, 3>>& need_biases);
 

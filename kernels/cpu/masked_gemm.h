@@ -219,7 +219,7 @@ inline void gemm_to_selected(
 
 // The share of bits that are set, in a sample of `count` bytes.
 inline double share_of_bits(const uint8_t* bytes, int64_t count) {
-  constexpr int64_t kSamples = 2048;
+  constexpr int64_t kSamples = 512;
   const int64_t words = count / 8, step = std::max<int64_t>(words / kSamples, 1);
   int64_t bits = 0, seen = 0;
   for (int64_t i = 0; i < words; i += step, ++seen) {
