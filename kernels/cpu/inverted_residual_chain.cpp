@@ -40,6 +40,10 @@ std::vector<BlockWeights> stored_weights(const std::vector<ChainedBlock>& blocks
   return stored;
 }
 
+std::array<int64_t, 4> pooled_size(const BlockShape& s) {
+  return {s.batch, s.in_channels, s.height / 2, s.width / 2};
+}
+
 // Images that a thread has under way at once. As few as can be, so that what lies between blocks stays in cache and takes
 // little memory; but a thread reads the packed weights of all blocks, that many bytes, again for every wave of images, and
 // where they do not stay in its cache, they are to be read seldom.
@@ -179,12 +183,17 @@ std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::
   return ends;
 }
 
-std::pair<at::Tensor, at::Tensor> chain_forward(
-    const at::Tensor& input, const std::vector<ChainedBlock>& blocks) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> chain_forward(
+    const at::Tensor& input, const std::vector<ChainedBlock>& blocks, bool want_pooled) {
   const at::Tensor x = in_channels_last(input);
   const BlockShape& last = blocks.back().shape;
   at::Tensor out = empty_tensor(
       {last.batch, last.out_channels, last.out_height, last.out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor pooled;
+  if (want_pooled) {
+    TORCH_CHECK(blocks.size() == 1, "blocks: expected one that pools its input, got ", blocks.size());
+    pooled = empty_tensor(pooled_size(last), x.options(), at::MemoryFormat::ChannelsLast);
+  }
   const MaskPlaces places(blocks);
   at::Tensor masks = empty_tensor({places.bytes}, x.options().dtype(at::kByte));
   std::vector<std::array<at::Tensor, 3>> biases;
@@ -220,6 +229,7 @@ std::pair<at::Tensor, at::Tensor> chain_forward(
           out.data_ptr<T>());
       stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
       stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
+      stage.pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
       if (blocks[k].stem.has_value()) {
         stage.stem = &stem.emplace(*blocks[k].stem, x.data_ptr<T>());
       }
@@ -241,7 +251,7 @@ std::pair<at::Tensor, at::Tensor> chain_forward(
       stages[stage].task(image);
     });
   });
-  return {out, masks};
+  return {out, masks, pooled};
 }
 
 ChainGradients chain_backward(
@@ -249,7 +259,8 @@ ChainGradients chain_backward(
     const std::vector<ChainedBlock>& blocks,
     const at::Tensor& masks,
     bool need_input,
-    const std::vector<std::array<bool, 3>>& need_biases) {
+    const std::vector<std::array<bool, 3>>& need_biases,
+    const OptionalTensor& grad_pooled) {
   const BlockShape& first = blocks.front().shape;
   const BlockShape& last = blocks.back().shape;
   check_size(
@@ -258,6 +269,12 @@ ChainGradients chain_backward(
       {last.batch, last.out_channels, last.out_height, last.out_width},
       grad_output.scalar_type());
   const at::Tensor grad = in_channels_last(grad_output);
+  at::Tensor pooled;
+  if (need_input && grad_pooled.has_value()) {
+    TORCH_CHECK(blocks.size() == 1, "blocks: expected one that pools its input, got ", blocks.size());
+    check_size(*grad_pooled, "grad_pooled", pooled_size(first), grad.scalar_type());
+    pooled = in_channels_last(*grad_pooled);
+  }
   ChainGradients gradients;
   gradients.biases.resize(blocks.size());
   if (need_input) {
@@ -311,6 +328,7 @@ ChainGradients chain_backward(
           need_biases[k]);
       stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
       stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
+      stage.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
       if (!is_first) {
         stage.grad_output = between.images<const T>(i - 1);
       }

@@ -12,7 +12,7 @@
 
 #include <array>
 #include <optional>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 namespace tinytl::cpu {
@@ -33,21 +33,23 @@ struct ChainedBlock {
 // Where the segments of one block or more end: the index behind the last block of each. dtype: of the activations.
 std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype);
 
-// The last block's output, and the masks of all blocks, in one tensor of bytes.
-std::pair<at::Tensor, at::Tensor> chain_forward(
-    const at::Tensor& x, const std::vector<ChainedBlock>& blocks);
+// The last block's output; the masks of all blocks, in one tensor of bytes; and, where it is wanted, the 2x2 average of x,
+// of a single block.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> chain_forward(
+    const at::Tensor& x, const std::vector<ChainedBlock>& blocks, bool want_pooled);
 
 struct ChainGradients {
   at::Tensor input; // undefined where it is not wanted
   std::vector<std::array<at::Tensor, 3>> biases; // of each block; empty tensors, or none at all, where not wanted
 };
 
-// need_biases: of each block, of expand, depthwise and project.
+// need_biases: of each block, of expand, depthwise and project. grad_pooled: of a single block.
 ChainGradients chain_backward(
     const at::Tensor& grad_output,
     const std::vector<ChainedBlock>& blocks,
     const at::Tensor& masks,
     bool need_input,
-    const std::vector<std::array<bool, 3>>& need_biases);
+    const std::vector<std::array<bool, 3>>& need_biases,
+    const OptionalTensor& grad_pooled);
 
 } // namespace tinytl::cpu
