@@ -51,6 +51,9 @@ struct BlockShape {
   int64_t depthwise_mask_size() const {
     return masks() ? batch * out_height * out_width * mask_bytes(expanded) : 0;
   }
+  int64_t masks_size() const {
+    return expand_mask_size() + depthwise_mask_size();
+  }
   int64_t input_elements() const { // of an image
     return height * width * in_channels;
   }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace tinytl::cpu {
 namespace {
@@ -107,16 +108,13 @@ struct MaskPlaces {
   int64_t bytes = 0;
 
   explicit MaskPlaces(const std::vector<ChainedBlock>& blocks) {
-    const auto place = [&](bool wanted, int64_t size) {
-      const int64_t begin = wanted ? bytes : -1;
-      bytes += wanted ? size : 0;
-      return begin;
-    };
+    const auto place = [&](int64_t size) { return size > 0 ? std::exchange(bytes, bytes + size) : -1; };
     for (const ChainedBlock& block : blocks) {
-      const BlockShape& s = block.shape;
       Pair& pair = of.emplace_back();
-      pair.expand = place(block.needs_masks && s.masks_expand(), s.expand_mask_size());
-      pair.depthwise = place(block.needs_masks && s.masks(), s.depthwise_mask_size());
+      if (block.needs_masks) {
+        pair.expand = place(block.shape.expand_mask_size());
+        pair.depthwise = place(block.shape.depthwise_mask_size());
+      }
     }
   }
   static uint8_t* at(const at::Tensor& masks, int64_t place) {
@@ -141,7 +139,7 @@ int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, siz
       between[k % 2] = std::max(between[k % 2], s.output_elements() * element);
     }
     if (blocks[k].needs_masks) {
-      bytes += s.expand_mask_size() + s.depthwise_mask_size();
+      bytes += s.masks_size();
     }
     with_storage_type(dtype, "input", [&](auto zero) {
       packed += BlockPack<typename DotFor<decltype(zero)>::type>::forward(s).bytes();
@@ -155,8 +153,9 @@ int64_t segment_bytes(const std::vector<ChainedBlock>& blocks, size_t first, siz
 } // namespace
 
 std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::ScalarType dtype) {
-  // In forward the chain's input is there, too: it is the caller's, and stays. In backward there are gradients of what
-  // the caller trains, so that forward may need what backward needs.
+  // In forward the chain's input is there, too: it is the caller's, and stays. In backward, if there is one, there are
+  // gradients of what the caller trains, so that forward may need what backward needs.
+  const bool trained = std::any_of(blocks.begin(), blocks.end(), [](const ChainedBlock& b) { return b.needs_masks; });
   const int64_t input = blocks[0].shape.batch * blocks[0].input_elements() * int64_t(c10::elementSize(dtype));
   const auto beside = [&](size_t first) { return first > 0 || blocks[0].stem.has_value() ? input : 0; };
   std::vector<int64_t> masks_before{0}; // bytes
@@ -165,11 +164,11 @@ std::vector<size_t> chain_segments(const std::vector<ChainedBlock>& blocks, at::
     const int64_t bytes = masks_before.back() + segment_bytes(blocks, k, k, dtype);
     backward_limit = std::max(backward_limit, bytes);
     forward_limit = std::max(forward_limit, bytes + beside(k));
-    masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.expand_mask_size() + blocks[k].shape.depthwise_mask_size() : 0));
+    masks_before.push_back(masks_before.back() + (blocks[k].needs_masks ? blocks[k].shape.masks_size() : 0));
   }
   const auto fits = [&](size_t first, size_t last) {
     const int64_t bytes = masks_before[first] + segment_bytes(blocks, first, last, dtype);
-    return bytes <= backward_limit && bytes + beside(first) <= forward_limit;
+    return (!trained || bytes <= backward_limit) && bytes + beside(first) <= forward_limit;
   };
   std::vector<size_t> ends;
   for (size_t first = 0; first < blocks.size();) {

@@ -148,12 +148,16 @@ def test_a_segment_needs_no_more_than_the_largest_block(training, monkeypatch):
     assert x.nbytes < ours <= theirs + small
 
 
-def test_equal_blocks_are_cut_where_two_would_need_more():
-    """Every block needs as much as the next, and two of them a tensor more."""
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_blocks_are_cut_where_two_would_need_more(training):
+    """Every block needs as much as the next, and two of them what is under way between them: more than one needs in
+    backward, and in forward less than the chain's input, which stays."""
     model = FusedSequential(*(tk.FrozenInvertedResidual(8, 8, expand_ratio=1) for _ in range(6)))
-    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
+    for parameter in model.to(memory_format=torch.channels_last).parameters():
+        parameter.requires_grad_(training and parameter.dim() == 1)
     with num_threads(2):
-        assert kernels(lambda: model(image(4, 8, 64, 64)))[FORWARD] == 6
+        seen = kernels(lambda: model(image(4, 8, 64, 64)))[FORWARD]
+    assert seen == 6 if training else seen < 6
 
 
 def test_a_segment_notices_weights_changed_before_backward():

@@ -1,4 +1,4 @@
-"""Blocks in a row, with or without lite residuals, in one call: ``block_chain`` in ``autograd.cpp``."""
+"""Blocks in a row, with or without lite residuals, in one call: ``kernels/cpu/block_chain.cpp``."""
 
 from __future__ import annotations
 
