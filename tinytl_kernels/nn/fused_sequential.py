@@ -74,8 +74,8 @@ def in_a_row(sequential: nn.Sequential) -> list[nn.Module]:
 
 
 def _chain_from_stem(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
-    """What a stem that is ``children[at]`` makes of ``image`` with the blocks behind it, and the index of the child after
-    them; None where they are not computed in one call. So do the two functions below."""
+    """What a stem that is ``children[at]`` makes of ``image`` with the blocks behind it, and the index of the child
+    behind them; None where they are not computed in one call. So do the two functions below."""
     if image.size(1) > _IMAGE_CHANNELS:
         return None, at
     stem, *convs, after = stem_at(children, at)
