@@ -22,6 +22,7 @@ TESTS = [
     "tests/backends/cpu",
     "tests/ops",
     "--ignore=tests/backends/cpu/test_build.py",
+    "--ignore=tests/backends/cpu/test_parallel.py",  # brings a sanitizer of its own, which bears no other
     "--ignore=tests/ops/test_bitmask.py",  # Python alone, and slow under AddressSanitizer
 ]
 # torch.compile starts compilers, which AddressSanitizer would follow.
