@@ -35,7 +35,7 @@ at::Tensor run_forward(
       empty_mask(x, needs_mask && kind != Activation::none, x.size(0), x.size(2), x.size(3), channels);
   const at::Tensor padded = padded_bias(bias, channels, "bias");
   const float* values = padded.defined() ? padded.data_ptr<float>() : nullptr;
-  uint8_t* bits = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+  uint8_t* bits = data_or_null<uint8_t>(mask);
   const at::Tensor added = checked_addend(addend, x.sizes(), x.scalar_type());
   with_storage_type(x.scalar_type(), "input", [&](auto zero) {
     using T = decltype(zero);

@@ -67,7 +67,6 @@ struct InvertedResiduals : Function<InvertedResiduals> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const State& state = kept<State>(ctx);
-    const auto wanted = [&](int64_t edge) { return edge >= 0 && ctx->needs_input_grad(static_cast<size_t>(edge)); };
     std::vector<ChainedBlock> blocks = state.blocks;
     std::vector<std::array<bool, 3>> need;
     auto next = saved.begin();
@@ -77,8 +76,7 @@ struct InvertedResiduals : Function<InvertedResiduals> {
         blocks[k].weights[layer] = or_none(*next++);
         blocks[k].scales[layer] = or_none(*next++);
       }
-      const auto& [expand, depthwise, project] = state.edges[k];
-      need.push_back({wanted(expand), wanted(depthwise), wanted(project)});
+      need.push_back(needed(ctx, state.edges[k]));
     }
     const at::Tensor grad_pooled = grads.size() > 1 ? grads[1] : at::Tensor();
     at::Tensor grad_output = grads[0];

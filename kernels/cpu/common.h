@@ -4,6 +4,7 @@
 
 #include "bitmask.h"
 #include "gemm.h"
+#include "parallel.h"
 #include "scratch.h"
 
 #include <ATen/core/Tensor.h>
@@ -22,6 +23,12 @@ at::Tensor empty_tensor(
     at::IntArrayRef sizes, const at::TensorOptions& options, std::optional<at::MemoryFormat> format = std::nullopt);
 at::Tensor zero_tensor(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& other, const at::TensorOptions& options = {});
+
+// Null for a tensor without elements, or none at all.
+template <class T>
+T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.data_ptr<T>() : nullptr;
+}
 
 // The tensor itself where it is float32.
 at::Tensor as_float(const at::Tensor& tensor);
@@ -78,6 +85,12 @@ struct Bands {
     return rows * band / per_image;
   }
 };
+
+// Calls body(task, image, band) for all of them, on all threads.
+template <class Body>
+void for_bands(const Bands& bands, const Body& body) {
+  parallel_tasks(bands.tasks(), [&](int64_t task) { body(task, task / bands.per_image, task % bands.per_image); });
+}
 
 // A bias in float32, padded with zeros to whole groups: itself where it is that; undefined for no bias.
 at::Tensor padded_bias(const OptionalTensor& bias, int64_t channels, const char* name);

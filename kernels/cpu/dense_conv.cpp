@@ -123,13 +123,6 @@ void mask_pixel(const T* from, int64_t channels, const uint8_t* pass, float* sum
   }
 }
 
-template <class Body>
-void for_tasks(const Bands& bands, const Body& body) {
-  parallel_tasks(bands.tasks(), [&](int64_t t) {
-    body(t, t / bands.per_image, t % bands.per_image);
-  });
-}
-
 // A weight that is contiguous as (O, kh, kw, I) is read so, without a copy.
 bool stored_window_major(const at::Tensor& weight) {
   return !weight.is_contiguous() && weight.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -193,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> dense_forward(
     T* target = output.values<T>();
     const auto with_weights = [&](int64_t first_unit, int64_t last_unit, const Element* packed,
                                   const at::Tensor& transformed) {
-      for_tasks(bands, [&](int64_t, int64_t image, int64_t task_band) {
+      for_bands(bands, [&](int64_t, int64_t image, int64_t task_band) {
         const int64_t end = bands.begin(task_band + 1);
         for (int64_t begin = bands.begin(task_band); begin < end; begin += step) {
           const int64_t count = std::min(step, end - begin), pixels = count * width;
@@ -372,7 +365,7 @@ std::tuple<at::Tensor, at::Tensor> dense_backward(
     };
     const auto with_weights = [&](int64_t first_unit, int64_t last_unit, const Element* packed,
                                   const at::Tensor& transformed) {
-      for_tasks(bands, [&](int64_t t, int64_t image, int64_t task_band) {
+      for_bands(bands, [&](int64_t t, int64_t image, int64_t task_band) {
         const int64_t task_end = bands.begin(task_band + 1);
         // Output rows from here on are this task's to sum, up to where the next band's begin.
         const auto own_row = [&](int64_t i) {

@@ -222,9 +222,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_forward(
         output.finish<T>(first_pixel, s.out_width);
       }
     };
-    parallel_tasks(bands.tasks(), [&](int64_t t) {
-      const int64_t band = t % bands.per_image;
-      task(t / bands.per_image, bands.begin(band), bands.begin(band + 1));
+    for_bands(bands, [&](int64_t, int64_t image, int64_t band) {
+      task(image, bands.begin(band), bands.begin(band + 1));
     });
   });
   return output.result();
@@ -339,15 +338,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_backward(
     const auto own = [&](int64_t band) {
       return band == 0 ? 0 : band == bands.per_image ? s.out_height : first_row(bands.begin(band));
     };
-    parallel_tasks(bands.tasks(), [&](int64_t t) {
-      const int64_t band = t % bands.per_image;
-      task(
-          t / bands.per_image,
-          bands.begin(band),
-          bands.begin(band + 1),
-          own(band),
-          own(band + 1),
-          partials + t * width);
+    for_bands(bands, [&](int64_t t, int64_t image, int64_t band) {
+      task(image, bands.begin(band), bands.begin(band + 1), own(band), own(band + 1), partials + t * width);
     });
   });
   return {grad_input, reduce_partial(partial, 0, s.channels, need_bias)};

@@ -90,10 +90,9 @@ struct Shape {
 
 // Calls body(task, image, first pixel, last) for every band, on all threads.
 template <class Body>
-void for_bands(const Bands& bands, Body&& body) {
-  parallel_tasks(bands.tasks(), [&](int64_t t) {
-    const int64_t band = t % bands.per_image;
-    body(t, t / bands.per_image, bands.begin(band), bands.begin(band + 1));
+void for_pixels(const Bands& bands, const Body& body) {
+  for_bands(bands, [&](int64_t task, int64_t image, int64_t band) {
+    body(task, image, bands.begin(band), bands.begin(band + 1));
   });
 }
 
@@ -231,7 +230,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward(
     const T* from = input.data_ptr<T>();
     T* to = out.data_ptr<T>();
     const int64_t image_size = shape.pixels * shape.channels;
-    for_bands(bands, [&](int64_t task, int64_t image, int64_t begin, int64_t end) {
+    for_pixels(bands, [&](int64_t task, int64_t image, int64_t begin, int64_t end) {
       float* part = moment + task * 2 * shape.padded;
       channel_moments(from + image * image_size, shape, begin, end, part, part + shape.padded);
     });
@@ -246,7 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_forward(
     const float* biases = affine.bias.template data_ptr<float>();
     with_function(activation, [&](auto f) {
       using F = decltype(f);
-      for_bands(bands, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
+      for_pixels(bands, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
         const float* shift = row + image * 2 * shape.padded;
         const float* scale = shift + shape.padded;
         for (int64_t p = begin; p < end; ++p) {
@@ -309,7 +308,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
       const int64_t image_size = shape.pixels * shape.channels;
       with_function(activation, [&](auto f) {
         using F = decltype(f);
-        for_bands(bands, [&](int64_t task, int64_t image, int64_t begin, int64_t end) {
+        for_pixels(bands, [&](int64_t task, int64_t image, int64_t begin, int64_t end) {
           const ChannelRows row = rows_of(image);
           float* total = sums + task * 4 * shape.padded;
           float* chain = total + 2 * shape.padded;
@@ -353,7 +352,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
           }
         }
         T* to = grad.data_ptr<T>();
-        for_bands(bands, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
+        for_pixels(bands, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
           const ChannelRows row = rows_of(image);
           for (int64_t p = begin; p < end; ++p) {
             const int64_t at = image * image_size + p * shape.channels;

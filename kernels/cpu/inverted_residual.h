@@ -262,7 +262,7 @@ struct BlockMasks {
         depthwise(empty_mask(x, wanted && s.masks(), s.batch, s.out_height, s.out_width, s.expanded)) {}
   // Where a forward writes them; null where it does not.
   static uint8_t* bytes(const at::Tensor& mask) {
-    return mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
+    return data_or_null<uint8_t>(mask);
   }
   // Where a backward reads them, checked; null where everything passes.
   const uint8_t* checked_expand(const BlockShape& s) const {

@@ -244,10 +244,9 @@ void BlockBackward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t o
 template <class T>
 void BlockBackward<T>::run(const at::Tensor& partial) const {
   const Bands bands = input_bands(s);
-  parallel_tasks(bands.tasks(), [&](int64_t t) {
-    const int64_t band = t % bands.per_image;
+  for_bands(bands, [&](int64_t t, int64_t image, int64_t band) {
     task(
-        t / bands.per_image,
+        image,
         bands.begin(band),
         bands.begin(band + 1),
         first_owned_output(s, bands, band),
@@ -312,7 +311,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_bac
         {need_expand_bias, need_depthwise_bias, need_project_bias});
     backward.mask_expand = masks.checked_expand(s);
     backward.mask_depthwise = mask;
-    backward.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+    backward.grad_pooled = data_or_null<T>(pooled);
     const at::Tensor partial = backward.partial();
     backward.run(partial);
     biases = backward.bias_gradients(partial);

@@ -228,7 +228,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chain_forward(
           out.data_ptr<T>());
       stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
       stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
-      stage.pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+      stage.pooled = data_or_null<T>(pooled);
       if (blocks[k].stem.has_value()) {
         stage.stem = &stem.emplace(*blocks[k].stem, x.data_ptr<T>());
       }
@@ -327,7 +327,7 @@ ChainGradients chain_backward(
           need_biases[k]);
       stage.mask_expand = MaskPlaces::at(masks, places.of[k].expand);
       stage.mask_depthwise = MaskPlaces::at(masks, places.of[k].depthwise);
-      stage.grad_pooled = pooled.defined() && pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+      stage.grad_pooled = data_or_null<T>(pooled);
       if (!is_first) {
         stage.grad_output = between.images<const T>(i - 1);
       }

@@ -211,10 +211,9 @@ void BlockForward<T>::task(int64_t image, int64_t begin, int64_t end, int64_t ow
 template <class T>
 void BlockForward<T>::run() const {
   const Bands bands = output_bands(s);
-  parallel_tasks(bands.tasks(), [&](int64_t t) {
-    const int64_t band = t % bands.per_image;
+  for_bands(bands, [&](int64_t, int64_t image, int64_t band) {
     task(
-        t / bands.per_image,
+        image,
         bands.begin(band),
         bands.begin(band + 1),
         first_owned_input(s, bands, band),
@@ -266,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> inverted_residual_for
         block_forward<T>(s, input.data_ptr<T>(), packed.data, bias1, bias2, bias3, out.data_ptr<T>());
     forward.mask_expand = masks.bytes(masks.expand);
     forward.mask_depthwise = masks.bytes(masks.depthwise);
-    forward.pooled = pooled.numel() > 0 ? pooled.data_ptr<T>() : nullptr;
+    forward.pooled = data_or_null<T>(pooled);
     forward.run();
   });
   return {out, masks.expand, masks.depthwise, pooled};

@@ -100,7 +100,7 @@ at::Tensor mbconv_forward(const at::Tensor& input, const MbconvLayers& layers, c
           });
     };
     if (!gate.has_value()) {
-      parallel_tasks(bands.tasks(), [&](int64_t t) { compute(t / bands.per_image, t % bands.per_image); });
+      for_bands(bands, [&](int64_t, int64_t image, int64_t band) { compute(image, band); });
       return;
     }
     const at::Tensor factors = empty_tensor({s.batch, padded}, x.options().dtype(at::kFloat));

@@ -30,16 +30,21 @@ struct alignas(64) Share {
   int64_t end;
 };
 
+// Cuts [0, items) into `count` shares of nearly equal length.
+inline void share_out(int64_t items, Share* shares, int64_t count) {
+  for (int64_t s = 0; s < count; ++s) {
+    shares[s].next.store(items * s / count, std::memory_order_relaxed);
+    shares[s].end = items * (s + 1) / count;
+  }
+}
+
 // Calls body(task) for tasks [0, count).
 template <class Body>
 void parallel_tasks(int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   const int64_t num_shares = std::min(threads, kMaxShares);
   std::array<Share, kMaxShares> shares;
-  for (int64_t s = 0; s < num_shares; ++s) {
-    shares[s].next.store(count * s / num_shares, std::memory_order_relaxed);
-    shares[s].end = count * (s + 1) / num_shares;
-  }
+  share_out(count, shares.data(), num_shares);
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     for (int64_t i = 0; i < num_shares; ++i) {
       Share& share = shares[(thread + i) % num_shares];
@@ -110,10 +115,6 @@ struct alignas(64) Place {
   std::atomic<bool> taken{false}; // by a thread that is at it
 };
 
-struct alignas(64) UnderWay {
-  std::atomic<int64_t> items{0};
-};
-
 // Calls body(stage, item) for stages [0, stages) of each item: those of one item in order, and nobody waits until a stage
 // is complete. A thread goes through the stages with a wave of its share, the item that is furthest behind first, so that
 // what a stage reads (its weights) is read for all of them while it is in cache. When its share is done it begins others'
@@ -123,34 +124,35 @@ void parallel_stages(Waves& waves, int64_t stages, const Body& body) {
   const int64_t items = stages > 0 ? waves.items() : 0, count = waves.shares(), wave = waves.wave();
   std::vector<Share> shares(count);
   std::vector<Place> places(waves.places());
-  std::vector<UnderWay> under_way(count); // in the places of each share
-  for (int64_t s = 0; s < count; ++s) {
-    shares[s].next.store(items * s / count, std::memory_order_relaxed);
-    shares[s].end = items * (s + 1) / count;
-  }
+  share_out(items, shares.data(), count);
   std::atomic<int64_t> left{items};
   std::atomic<bool> failed{false};
 
   // Begins an item of a share in a place of the caller's, if there is one left.
-  const auto begin = [&](int64_t share, int64_t thread, int64_t place) {
+  const auto begin = [&](int64_t share, int64_t place) {
     const int64_t item = shares[share].next.fetch_add(1, std::memory_order_relaxed);
     if (item >= shares[share].end) {
       return false;
     }
     waves.place()[item] = place;
-    under_way[thread].items.fetch_add(1, std::memory_order_relaxed);
     places[place].stage.store(0, std::memory_order_relaxed);
     places[place].item.store(item, std::memory_order_release);
     return true;
   };
   const auto begin_wave = [&](int64_t thread) {
     int64_t begun = 0;
-    while (begun < wave && begin(thread, thread, thread * wave + begun)) {
+    while (begun < wave && begin(thread, thread * wave + begun)) {
       ++begun;
     }
     for (int64_t i = 1; begun == 0 && i < count; ++i) {
-      begun += begin((thread + i) % count, thread, thread * wave);
+      begun += begin((thread + i) % count, thread * wave);
     }
+  };
+  const auto none_under_way = [&](int64_t thread) {
+    const auto first = places.begin() + thread * wave;
+    return std::all_of(first, first + wave, [](const Place& place) {
+      return place.item.load(std::memory_order_acquire) == Place::kFree;
+    });
   };
   // The place of a thread's whose item is furthest behind, taken for the caller; null where all are taken or free.
   const auto take = [&](int64_t thread) -> Place* {
@@ -179,14 +181,12 @@ void parallel_stages(Waves& waves, int64_t stages, const Body& body) {
   };
   at::parallel_for(0, count, 1, [&](int64_t thread, int64_t) {
     while (left.load(std::memory_order_acquire) > 0 && !failed.load(std::memory_order_relaxed)) {
-      if (under_way[thread].items.load(std::memory_order_acquire) == 0) {
+      if (none_under_way(thread)) {
         begin_wave(thread);
       }
       Place* place = nullptr;
-      int64_t owner = thread;
       for (int64_t i = 0; place == nullptr && i < count; ++i) {
-        owner = (thread + i) % count;
-        place = take(owner);
+        place = take((thread + i) % count);
       }
       if (place == nullptr) {
         std::this_thread::yield();
@@ -201,8 +201,7 @@ void parallel_stages(Waves& waves, int64_t stages, const Body& body) {
       }
       place->stage.store(stage + 1, std::memory_order_relaxed);
       if (stage + 1 == stages) {
-        place->item.store(Place::kFree, std::memory_order_relaxed);
-        under_way[owner].items.fetch_sub(1, std::memory_order_release);
+        place->item.store(Place::kFree, std::memory_order_release);
         left.fetch_sub(1, std::memory_order_release);
       }
       place->taken.store(false, std::memory_order_release);

@@ -71,7 +71,7 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
     links, input_wanted = [], gradient_needed(input)
     if stem is not None:
         links.append(_checked_stem(input, stem, blocks[0]))
-        input_wanted = gradient_needed(*tensors[0])
+        input_wanted = links[0].needs_masks
         blocks, tensors = blocks[1:], tensors[1:]
     for block, some in zip(blocks, tensors, strict=True):
         wanted = input_wanted or gradient_needed(*some)
