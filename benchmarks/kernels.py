@@ -181,6 +181,22 @@ def _lite_branch(channels: int, out_channels: int, side: int, groups: int = 2, k
     return KernelCase(f"lite_branch_{channels}_{out_channels}_{side}", (8, channels, side, side), make)
 
 
+def _linear(inputs: int, outputs: int) -> KernelCase:
+    """A classifier of a row an image, trained."""
+
+    def make(size: Size) -> Work:
+        n, c = size[:2]
+
+        def build(dtype: torch.dtype, device: torch.device) -> Sample:
+            x, weight = torch.randn(n, c, device=device), torch.randn(outputs, c, device=device) * c**-0.5
+            return Sample(ops.linear, (x.to(dtype), weight.to(dtype), torch.randn(outputs, device=device).to(dtype)))
+
+        flops = 2 * n * c * outputs
+        return Work(build, flops, 2 * flops)
+
+    return KernelCase(f"linear_{inputs}_{outputs}", (8, inputs, 1, 1), make)
+
+
 KERNELS = (
     _conv("pointwise", 24, 144, 56),
     _conv("pointwise", 144, 24, 56, activation=None),
@@ -241,4 +257,5 @@ KERNELS = (
     _without_arithmetic("group_norm", 64, 56, partial(group_norm, groups=8, activation=None)),
     _lite_branch(24, 24, 28),
     _lite_branch(96, 96, 7),
+    _linear(1280, 1000),
 )

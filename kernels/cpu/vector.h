@@ -231,6 +231,24 @@ TINYTL_INLINE void store_channels(T* target, Vec value, int64_t count = kLanes) 
   }
 }
 
+// A whole aligned vector to memory past the caches, for what nobody will read before it would have left them: memory is
+// not read first. Plain stores where there is no such instruction. A thread calls fence_past_caches before others read.
+TINYTL_INLINE void store_past_caches(float* target, Vec value) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_ps(target, value);
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_ps(target, value);
+#else
+  value.store(target);
+#endif
+}
+
+TINYTL_INLINE void fence_past_caches() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 // `count` values, by vectors, rounded where `to` is narrower: short rows, for which a call of memmove takes longer than the
 // copy.
 template <class From, class To>

@@ -103,8 +103,7 @@ def implementation(operator: str, tensor: torch.Tensor) -> Callable:
 
 def backend_of(operator: str, tensor: torch.Tensor) -> ModuleType:
     """The backend that computes ``operator`` for ``tensor``, by device, dtype and what is forced."""
-    forced = _forced[-1].name if _forced else os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
+    if forced := forced_backend():
         _require_available(forced)
         module = backend_module(forced)
         if reason := module.cannot_take(tensor):
@@ -115,6 +114,21 @@ def backend_of(operator: str, tensor: torch.Tensor) -> ModuleType:
         if operator in module.OPERATORS and not module.cannot_take(tensor) and not module.unavailable_reason():
             return module
     raise AssertionError(f"no backend implements {operator!r}")  # reference implements all, by its tests
+
+
+def fused_implementation(chain: str, tensor: torch.Tensor) -> Callable | None:
+    """The function that computes ``chain`` in one call for ``tensor``, None where the backend picked has none."""
+    for name in (forced,) if (forced := forced_backend()) else AUTOMATIC:
+        module = backend_module(name)
+        compute = getattr(module, "FUSED", {}).get(chain)
+        if compute is not None and not module.cannot_take(tensor) and not module.unavailable_reason():
+            return compute
+    return None
+
+
+def forced_backend() -> str | None:
+    """The name of the backend that is forced, None where each tensor's is picked."""
+    return _forced[-1].name if _forced else os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def _require_available(name: str) -> None:

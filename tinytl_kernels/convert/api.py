@@ -20,6 +20,7 @@ from .example import Capture, accelerators, deviation, example_for, run_example
 from .fuse import fuse_blocks
 from .fuse_mbconv import fuse_mbconvs
 from .head import find_head, new_head, outputs_of, set_num_classes
+from .linears import swap_linears
 from .lite import Block, add_branches, block_modules, find_blocks, group_norm, named_blocks, uses_group_norm
 from .own_branches import keep_branches, set_aside
 from .quantize import quantize_weights
@@ -164,6 +165,8 @@ def convert(
     if code_bits is not None:
         keep_codes(model, code_bits, report)
     head = _renew_head(model, head, num_classes, stock, report)
+    if method != "full":
+        swap_linears(model, head, stock, report)
     report.trained = set_trained(model, method, head)
     report.trained_elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.frozen_elements = sum(p.numel() for p in model.parameters() if not p.requires_grad)

@@ -179,6 +179,11 @@ def _group_norm(norm: tnn.GroupNorm) -> nn.Module:
     return plain if norm.activation is None else nn.Sequential(plain, _FUSED[norm.activation]())
 
 
+def _linear(linear: tnn.Linear) -> nn.Linear:
+    linear.__class__ = nn.Linear  # as it was made, and keeps its hooks
+    return linear
+
+
 def _lite(lite: tnn.LiteResidual) -> nn.Sequential:
     pool = nn.AdaptiveAvgPool2d(1) if lite.downsample is None else nn.AvgPool2d(lite.downsample)
     names = ("conv1", "bn1", "act", "conv2", "final_bn")
@@ -199,6 +204,7 @@ _BUILDERS = {
     tnn.FrozenInvertedResidual: _inverted_residual,
     tnn.FrozenConvBias: _conv,
     tnn.GroupNorm: _group_norm,
+    tnn.Linear: _linear,
     tnn.LiteResidual: _lite,
     tnn.LiteResidualBlock: _block,
     tnn.ReLU: lambda m: nn.ReLU(m.inplace),

@@ -16,6 +16,7 @@ from tinytl_kernels.nn.frozen_conv import FrozenConvBias
 from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual
 from tinytl_kernels.nn.fused_sequential import FusedSequential
 from tinytl_kernels.nn.group_norm import GroupNorm
+from tinytl_kernels.nn.linear import Linear
 from tinytl_kernels.nn.lite_residual import LiteResidual, LiteResidualBlock
 from tinytl_kernels.nn.mbconv import MBConv
 from tinytl_kernels.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
@@ -33,6 +34,7 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "LeakyReLU",
+    "Linear",
     "LiteResidual",
     "LiteResidualBlock",
     "MBConv",

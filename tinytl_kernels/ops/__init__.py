@@ -10,6 +10,7 @@ from tinytl_kernels.ops.frozen_conv_add import frozen_conv_add
 from tinytl_kernels.ops.frozen_inverted_residual import frozen_inverted_residual, frozen_inverted_residual_pooled
 from tinytl_kernels.ops.group_norm import group_norm_activation
 from tinytl_kernels.ops.library import autocast_input
+from tinytl_kernels.ops.linear import linear
 from tinytl_kernels.ops.lite_branch import Norm, lite_branch
 from tinytl_kernels.ops.max_pool import max_pool2d
 from tinytl_kernels.ops.mbconv import SqueezeExcite, mbconv, offers_mbconv
@@ -36,6 +37,7 @@ __all__ = [
     "frozen_inverted_residual",
     "frozen_inverted_residual_pooled",
     "group_norm_activation",
+    "linear",
     "lite_branch",
     "max_pool2d",
     "mbconv",

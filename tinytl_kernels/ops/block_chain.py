@@ -63,7 +63,7 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
         if gradient_needed(input):
             return None
         tensors[0] += stem[:3]
-    fused = fused_call("block_chain", "frozen_inverted_residual", [input, *(t for some in tensors for t in some)])
+    fused = fused_call("block_chain", [input, *(t for some in tensors for t in some)])
     if fused is None or not all(map(_adds_up, blocks)):
         return None
     if torch.is_autocast_enabled(input.device.type):
@@ -82,7 +82,7 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
 
 def offers_block_chain(input: Tensor) -> bool:
     """Whether there is a backend that may compute a chain of ``input`` in one call: else nobody need look for one."""
-    return fused_call("block_chain", "frozen_inverted_residual", [input]) is not None
+    return fused_call("block_chain", [input]) is not None
 
 
 def block_output(block: Block) -> Described:

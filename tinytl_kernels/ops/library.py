@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tinytl_kernels.backends import backend_of, implementation
+from tinytl_kernels.backends import backend_of, fused_implementation, implementation
 
 NAMESPACE = "tinytl"
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
@@ -82,9 +82,9 @@ class Operator:
         return self._function.apply(*args, compute)
 
 
-def fused_call(name: str, operator: str, args: Sequence, *, keeps_less: bool = False) -> Callable | None:
-    """What computes the chain ``name``, one of whose operators is ``operator``, in one call for these arguments, or
-    None; the first of them is the tensor that picks the backend, as :func:`autocast_input` gives it.
+def fused_call(name: str, args: Sequence, *, keeps_less: bool = False) -> Callable | None:
+    """What computes the chain ``name`` in one call for these arguments, or None; the first of them is the tensor that
+    picks the backend, as :func:`autocast_input` gives it.
 
     Args:
         keeps_less: the chain keeps other tensors than its operators one by one: what measures memory has to see it.
@@ -92,7 +92,7 @@ def fused_call(name: str, operator: str, args: Sequence, *, keeps_less: bool = F
     """
     if torch.compiler.is_compiling() or not _plain_eager(args, under_listeners=keeps_less):
         return None
-    fused = getattr(backend_of(operator, args[0]), "FUSED", {}).get(name)
+    fused = fused_implementation(name, args[0])
     if fused is None or not torch.is_autocast_enabled(args[0].device.type):
         return fused
 

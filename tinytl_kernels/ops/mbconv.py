@@ -77,7 +77,7 @@ def mbconv(
     reduce, restore, squeeze_activation, gate = squeeze_excite or (_NO_LAYER, _NO_LAYER, None, None)
     layers = (expand or _NO_LAYER, depthwise, reduce, restore, project)
     tensors = [tensor for layer in layers for tensor in layer]
-    fused = fused_call("mbconv", "frozen_inverted_residual", [input, *tensors], keeps_less=True)
+    fused = fused_call("mbconv", [input, *tensors], keeps_less=True)
     if fused is None or any(tensor is not None and tensor.device != input.device for tensor in tensors):
         return None
     names = {"activation": activation, "squeeze_activation": squeeze_activation, "gate": gate}
@@ -88,4 +88,4 @@ def mbconv(
 
 def offers_mbconv(input: Tensor) -> bool:
     """Whether there is a backend that computes such a block of ``input`` in one call."""
-    return fused_call("mbconv", "frozen_inverted_residual", [input], keeps_less=True) is not None
+    return fused_call("mbconv", [input], keeps_less=True) is not None

@@ -11,6 +11,7 @@ from tinytl_kernels.backends.cpu import (
     frozen_conv,
     frozen_inverted_residual,
     group_norm,
+    linear,
     lite_branch,
     mbconv,
     pooling,
@@ -35,7 +36,7 @@ DIFFERENTIABLE = {
     **lite_branch.DIFFERENTIABLE,
     **upsample_add.DIFFERENTIABLE,
 }
-FUSED = {**block_chain.FUSED, **mbconv.FUSED}
+FUSED = {**block_chain.FUSED, **linear.FUSED, **mbconv.FUSED}
 
 
 def unavailable_reason() -> str | None:
