@@ -331,6 +331,29 @@ struct FrozenConv : Function<FrozenConv> {
   }
 };
 
+} // namespace
+
+at::Tensor frozen_pointwise(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& weight_scale,
+    const std::string& activation,
+    bool needs_saved) {
+  constexpr std::array<int64_t, 4> kOnes{1, 1, 1, 1}, kZeros{};
+  const at::IntArrayRef one(kOnes.data(), 2);
+  if (!needs_saved) {
+    const at::AutoDispatchBelowADInplaceOrView no_history;
+    return std::get<0>(conv_forward(
+        "pointwise", input, std::nullopt, weight, weight_scale, bias, one, kZeros, one, 1, activation, false));
+  }
+  return FrozenConv::apply(
+      input, OptionalTensor(), weight, bias, one, at::IntArrayRef(kZeros), one, 1, OptionalString(activation), true,
+      weight_scale, std::string("pointwise"), std::string("pointwise"))[0];
+}
+
+namespace {
+
 struct FrozenInvertedResidual : Function<FrozenInvertedResidual> {
   static constexpr int kArguments = 16;
   static constexpr size_t kOutputs = 4;

@@ -102,6 +102,15 @@ void refuse_trained_block(
     const at::Tensor& project_weight,
     const OptionalTensor& project_scale);
 
+// frozen_conv of a 1x1 convolution with stride 1. needs_saved: whether a gradient can be asked for.
+at::Tensor frozen_pointwise(
+    const at::Tensor& input,
+    const at::Tensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& weight_scale,
+    const std::string& activation,
+    bool needs_saved);
+
 // The branch of a lite residual: its tensors, the statistics of norms that do not measure the batch among them.
 struct BranchTensors {
   const at::Tensor& pooled;

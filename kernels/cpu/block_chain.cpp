@@ -180,8 +180,8 @@ class ChainArguments {
       at::TensorList running)
       : tensors_(tensors), numbers_(numbers), reals_(reals), activations_(activations), running_(running) {}
 
-  bool done() const {
-    return next_tensor_ == tensors_.size();
+  size_t tensors_left() const {
+    return tensors_.size() - next_tensor_;
   }
   OptionalTensor optional() {
     TORCH_CHECK(next_tensor_ < tensors_.size(), "tensors: expected more than ", tensors_.size());
@@ -226,6 +226,9 @@ class ChainArguments {
   size_t next_tensor_ = 0, next_activation_ = 0;
 };
 
+// Of the convolution behind the last block.
+constexpr size_t kLastTensors = 3;
+
 // The biases of `blocks` that are there, in order.
 variable_list biases_of(const std::vector<ChainedBlock>& blocks) {
   variable_list biases;
@@ -256,7 +259,8 @@ at::Tensor apply_blocks(at::Tensor output, const std::vector<ChainedBlock>& bloc
 // Blocks in a row, with or without lite residuals: of each frozen_inverted_residual and, with a branch, its pooled
 // input, lite_branch and upsample_add. They are the nodes of autograd's graph that they are from Python, so that what
 // one has kept and made is freed before the next one runs; but for blocks without a branch that need no more memory
-// together (chain_segments). backends/cpu/block_chain.py writes the lists.
+// together (chain_segments). Behind the last block there may be a 1x1 convolution. backends/cpu/block_chain.py writes the
+// lists.
 at::Tensor block_chain(
     const at::Tensor& input,
     const c10::List<OptionalTensor>& tensors,
@@ -269,7 +273,8 @@ at::Tensor block_chain(
   std::vector<int64_t> size = input.sizes().vec(); // of the next block's input
   std::vector<ChainedBlock> row; // without branches, not yet applied to `output`
   bool has_stem = next.number();
-  while (!next.done()) {
+  const bool has_last = next.number();
+  while (next.tensors_left() > (has_last ? kLastTensors : 0)) {
     ChainedBlock block;
     auto [weights, biases, scales] = std::tie(block.weights, block.biases, block.scales);
     for (size_t layer = 0; layer < 3; ++layer) {
@@ -332,7 +337,14 @@ at::Tensor block_chain(
       track(next.running(next.number()), momentum, statistics, values);
     }
   }
-  return apply_blocks(std::move(output), row);
+  output = apply_blocks(std::move(output), row);
+  if (has_last) {
+    const auto weight = next.tensor();
+    const auto bias = next.optional(), scale = next.optional();
+    const bool needs_saved = next.number();
+    output = frozen_pointwise(output, weight, bias, scale, next.activation(), needs_saved);
+  }
+  return output;
 }
 
 } // namespace

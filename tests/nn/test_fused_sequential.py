@@ -152,8 +152,8 @@ def nested() -> FusedSequential:
 def test_a_stem_is_asked_for_with_the_blocks_behind_it(cpu_kernels):
     x = torch.randn(2, 3, 17, 15)
     # The stem by itself and the blocks in a row, or all of them together.
-    cases = [(FusedSequential(*layers()), 0, [0, 9], [9]), (nested(), (0, 0), [0], [])]
-    for model, stem, alone, together in cases:
+    alone, together = [0], []
+    for model, stem in ((FusedSequential(*layers()), 0), (nested(), (0, 0))):
         model.to(memory_format=torch.channels_last)
         stem = model[0][0] if isinstance(stem, tuple) else model[0]
         assert called(model, x) == together
@@ -212,6 +212,64 @@ class Flat(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.layers(x).mean((2, 3)))
+
+
+def with_last(last: nn.Module, *behind: nn.Module) -> FusedSequential:
+    """Two blocks, and what may be the 1x1 convolution behind them."""
+    blocks = tk.FrozenInvertedResidual(4, 4, activation="relu"), tk.FrozenInvertedResidual(4, 6, activation="relu")
+    return FusedSequential(*blocks, last, *behind).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("activation", ["relu6", "silu", None])
+def test_the_last_convolution_is_asked_for_with_the_blocks_before_it(activation, wrapped, cpu_kernels):
+    last = conv(6, 10, activation=activation)
+    last = nn.Sequential(last, nn.Identity()) if wrapped else last
+    model = with_last(last, nn.Identity())
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    assert called(model, x) == ([2, 3] if wrapped else [3])  # identities
+    ours = gradients(model, x)
+    model.fused = False
+    for a, b in zip(ours, gradients(model, x), strict=True):
+        assert torch.equal(a, b)
+    model.fused = True
+    with torch.no_grad():
+        assert torch.equal(model(x), ours[0])
+    model.requires_grad_(False).zero_grad()
+    bias = (last[0] if wrapped else last).bias.requires_grad_()
+    model(x).sum().backward()
+    assert [p for p in model.parameters() if p.grad is not None] == [bias]
+
+
+@pytest.mark.parametrize(
+    ("why", "layers"),
+    [
+        ("another layer is behind it", lambda: (conv(6, 8), conv(8, 4))),
+        ("a block is behind it", lambda: (conv(6, 8), tk.FrozenInvertedResidual(8, 8))),
+        ("its activation keeps codes", lambda: (conv(6, 8, activation="silu", code_bits=8),)),
+        ("it has a stride", lambda: (FrozenConvBias(6, 8, 1, 2),)),
+        ("it is grouped", lambda: (FrozenConvBias(6, 8, 1, groups=2),)),
+        ("it pads", lambda: (FrozenConvBias(6, 8, 1, padding=1),)),
+        ("it is not 1x1", lambda: (conv(6, 8, 3),)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_last_convolution(why, layers, cpu_kernels):
+    model, x = with_last(*layers()), torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    assert called(model, x)[0] == 2, why
+    watched = with_last(conv(6, 8))
+    watched[2].register_forward_hook(lambda *_: None)
+    assert called(watched, x) == [2]
+
+
+def test_a_last_convolution_that_does_not_fit_is_its_own_error(cpu_kernels):
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="input: expected 7 channels"):
+        with_last(conv(7, 8))(x)
+    model = with_last(conv(6, 8))
+    model[2].weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="computes no weight gradient"):
+        model(x)
 
 
 @pytest.mark.parametrize("weight_bits", [32, 8])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tinytl_kernels import ops
 from tinytl_kernels.core.hooks import every_module_hooked, hooked, watched
 from tinytl_kernels.nn.frozen_conv import FrozenConvBias
-from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual, block_of, not_a_block
+from tinytl_kernels.nn.frozen_inverted_residual import FrozenInvertedResidual, block_of, not_a_block, not_pointwise
 from tinytl_kernels.nn.lite_residual import LiteResidualBlock
 
 # A convolution of so few channels is of an image.
@@ -24,7 +24,8 @@ class FusedSequential(nn.Sequential):
     * blocks in a row, with or without lite residuals, in one call, where the backend has one: they compute what they
       compute one by one, without the interpreter between them,
     * with them a stem (a dense convolution of an image, alone or in a ``Sequential``) in front of a block without
-      expansion: what the stem makes never reaches memory then.
+      expansion: what the stem makes never reaches memory then,
+    * and a 1x1 convolution behind them that is the last layer.
 
     Networks whose layers stand in one long ``Sequential`` (torchvision's MNASNet begins with a depthwise and a 1x1
     convolution) have no module that :class:`FrozenInvertedResidual` could take the place of. The children keep their
@@ -84,7 +85,8 @@ def _chain_from_stem(children: Sequence[nn.Module], at: int, image: Tensor) -> t
     image = ops.autocast_input(image)
     stem = ops.Stem(*stem.operands(), stem.stride, stem.four_paddings(image))
     blocks, at = _links([((None, *convs), after), *chain_at(children, after)], stem.output(image))
-    return ops.block_chain(image, blocks, stem), at
+    last, at = _last(children, at)
+    return ops.block_chain(image, blocks, stem, last), at
 
 
 def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tensor | None, int]:
@@ -93,7 +95,10 @@ def _chain(children: Sequence[nn.Module], at: int, image: Tensor) -> tuple[Tenso
         return None, chain[-1][1] if chain else at
     image = ops.autocast_input(image)
     blocks, at = _links(chain, image)
-    return ops.block_chain(image, blocks) if len(blocks) > 1 else None, at
+    if len(blocks) < 2:
+        return None, at
+    last, at = _last(children, at)
+    return ops.block_chain(image, blocks, None, last), at
 
 
 def _links(
@@ -108,6 +113,17 @@ def _links(
         blocks.append(block)
         image, at = ops.block_output(block), after
     return blocks, at
+
+
+def _last(children: Sequence[nn.Module], at: int) -> tuple[ops.Last | None, int]:
+    """The 1x1 convolution that is ``children[at]``, with no other layer behind it, for a chain in front of it, and the
+    index of the child behind it."""
+    conv = _only_conv(children[at]) if at < len(children) else None
+    if conv is None or not_pointwise("last", conv) or conv.code_bits is not None:
+        return None, at
+    if any(type(child) is not nn.Identity for child in children[at + 1 :]):
+        return None, at
+    return ops.Last(*conv.operands(), conv.activation), at + 1
 
 
 def _block(children: Sequence[nn.Module], at: int, input: Tensor) -> tuple[Tensor | None, int]:

@@ -2,7 +2,7 @@
 
 from tinytl_kernels.ops.activation import activation
 from tinytl_kernels.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
-from tinytl_kernels.ops.block import Block, Branch, Described, Running, Stem
+from tinytl_kernels.ops.block import Block, Branch, Described, Last, Running, Stem
 from tinytl_kernels.ops.block_chain import block_chain, block_output, offers_block_chain
 from tinytl_kernels.ops.dropout import dropout
 from tinytl_kernels.ops.frozen_conv import frozen_conv
@@ -21,6 +21,7 @@ __all__ = [
     "Block",
     "Branch",
     "Described",
+    "Last",
     "Norm",
     "Running",
     "SqueezeExcite",

@@ -78,6 +78,15 @@ class Stem(NamedTuple):
         return Described((image.size(0), self.weight.size(0), *size), image.dtype, image.device)
 
 
+class Last(NamedTuple):
+    """The 1x1 convolution behind a network's last block: the arguments of :func:`frozen_conv`, with stride 1."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    activation: str | None
+
+
 class Block(NamedTuple):
     """An inverted residual block.
 

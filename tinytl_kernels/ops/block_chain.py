@@ -3,6 +3,7 @@
     [input = frozen_conv(image)]                                                                      a network's stem
     output = frozen_inverted_residual(input)                                                   for each block in turn
              [+ upsampled lite_branch(pooled input)]                                    TinyTL, section 3.2, figure 3
+    [output = frozen_conv(output)]                                                                  1x1, in the end
 
 A small block computes for less time than its operators take to be called, checked and differentiated one by one; the
 more so as each block drives the interpreter's own memory out of the caches. A chain is looked at and checked first,
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinytl_kernels.ops.block import Block, Branch, Described, Stem
+from tinytl_kernels.ops.block import Block, Branch, Described, Last, Stem
 from tinytl_kernels.ops.frozen_conv import check_conv
 from tinytl_kernels.ops.frozen_inverted_residual import block_output_size, check_block
 from tinytl_kernels.ops.library import autocast_to, fused_call, gradient_needed
@@ -39,7 +40,9 @@ class _Link(NamedTuple):
     stem: Stem | None = None  # its weight, bias and scale stand in the place of an expansion's
 
 
-def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None) -> Tensor | None:
+def block_chain(
+    input: Tensor, blocks: Sequence[Block], stem: Stem | None = None, last: Last | None = None
+) -> Tensor | None:
     """What the blocks' operators and the counting of statistics come to, or None: call them one by one.
 
     Args:
@@ -49,6 +52,7 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
         stem: a convolution in front of them; ``input`` is its image then, and that of the first block, which has no
             expansion, no shortcut and no branch, is ``stem.output(input)``. In half precision what the stem makes is
             not rounded.
+        last: a convolution behind them.
 
     Returns:
         (N, O, H', W'), differentiable with respect to all that the operators are; None where no backend does it in one
@@ -58,12 +62,13 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
     Raises:
         ValueError: as the operators do; nothing has been computed or counted then.
     """
-    tensors = [block.tensors for block in blocks]
+    end, tensors = blocks[-1], [block.tensors for block in blocks]
     if stem is not None:
         if gradient_needed(input):
             return None
         tensors[0] += stem[:3]
-    fused = fused_call("block_chain", [input, *(t for some in tensors for t in some)])
+    others = () if last is None else last[:3]
+    fused = fused_call("block_chain", [input, *(t for some in tensors for t in some), *others])
     if fused is None or not all(map(_adds_up, blocks)):
         return None
     if torch.is_autocast_enabled(input.device.type):
@@ -77,7 +82,12 @@ def block_chain(input: Tensor, blocks: Sequence[Block], stem: Stem | None = None
         wanted = input_wanted or gradient_needed(*some)
         links.append(_checked(block, input_wanted or gradient_needed(*block.convs[1::2]), wanted))
         input_wanted = wanted
-    return fused(input, links)
+    if last is None:
+        return fused(input, links, None, False)
+    needs_saved = input_wanted or gradient_needed(last.bias)
+    geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    check_conv(block_output(end), last.weight, last.bias, *geometry, last.activation, needs_saved, last.scale)
+    return fused(input, links, last, needs_saved)
 
 
 def offers_block_chain(input: Tensor) -> bool:

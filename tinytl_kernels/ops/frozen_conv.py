@@ -96,7 +96,7 @@ def check_conv(
         raise ValueError(f"input: expected (N, C, H, W), got shape {tuple(size)}")
     if len(weight_size) != 4:
         raise ValueError(f"weight: expected (O, C / groups, kH, kW), got shape {tuple(weight_size)}")
-    if not input.is_floating_point():
+    if not input.dtype.is_floating_point:
         raise ValueError(f"input: expected a floating point dtype, got {input.dtype}")
     check_weight("weight", weight, weight_scale, input)
     if groups < 1 or weight_size[0] % groups:

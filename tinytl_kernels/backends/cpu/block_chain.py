@@ -11,13 +11,13 @@ from tinytl_kernels.backends.cpu.frozen_inverted_residual import fused
 from tinytl_kernels.core.layout import memory_format
 
 
-def block_chain(input: Tensor, links: Sequence) -> Tensor | None:
+def block_chain(input: Tensor, links: Sequence, last, last_needs_saved: bool) -> Tensor | None:
     stem = links[0].stem
     if memory_format(input, *(() if stem is None else (stem.weight,))) is not torch.channels_last:
         return None
     if not all(fused(link.stride, link.activation) for link in links):
         return None
-    tensors, numbers, reals, activations, running = [], [stem is not None], [], [], []
+    tensors, numbers, reals, activations, running = [], [stem is not None, last is not None], [], [], []
     for link in links:
         tensors += (*link.convs, *link.scales)
         if link.stem is not None:
@@ -35,6 +35,10 @@ def block_chain(input: Tensor, links: Sequence) -> Tensor | None:
             numbers.append(len(buffers))
             reals.append(momentum)
             running += buffers
+    if last is not None:
+        tensors += (last.weight, last.bias, last.scale)
+        numbers.append(last_needs_saved)
+        activations.append(last.activation or "none")
     return torch.ops.tinytl_cpu.block_chain(input, tensors, numbers, reals, activations, running)
 
 
