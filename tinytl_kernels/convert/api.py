@@ -28,6 +28,7 @@ from .recompute import recompute_blocks
 from .remarks import note_operations
 from .report import METHODS, ConversionReport, Note, attach_report, base_name, is_converted
 from .rewrite import owners_of_functions, rewrite_forward
+from .rows import owners_of_rows
 from .surgery import Surgery, untrained_statistics
 from .trace import Flow, trace_model
 from .training import set_trained
@@ -287,7 +288,7 @@ def _make_lean(
     surgery = Surgery(model, links, report, head, apart, code_bits)
     surgery.swap_layers(fold=fold)
     stock_of = {twin: old for old, twin in surgery.twins.items()}
-    for owner in owners:
+    for owner in dict.fromkeys((*owners, *owners_of_rows(model))):
 
         def may_fuse(conv: nn.Module, owner: nn.Module = owner) -> bool:
             old = stock_of.get(conv)

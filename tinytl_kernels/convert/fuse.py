@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual, FusedSequential
-from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
+from tinytl_kernels.nn import FrozenInvertedResidual, FusedSequential
 from tinytl_kernels.nn.fused_sequential import block_at, chain_at, in_a_row, stem_at
 
 from .probe import tampered
-from .read_block import BlockLayers, read_block
+from .read_block import read_inverted_residual
 from .report import ConversionReport, Note
 from .rewrite import Rewrite, generated_class, rewrite_of
 
@@ -40,7 +39,7 @@ def fuse_blocks(model: nn.Module, report: ConversionReport, apart: Collection[st
         if any(name.startswith(f"{block}.") for block in done):
             continue
         holds_a_place = any(path.startswith(f"{name}.") for path in apart)
-        layers = None if not name or holds_a_place else _read_block(module)
+        layers = None if not name or holds_a_place else read_inverted_residual(module)
         if layers is None:
             prefix = f"{name}." if name else ""
             if rows := _blocks_in_a_row(module, {path.removeprefix(prefix) for path in apart}):
@@ -78,7 +77,7 @@ def _join_stems(model: nn.Module, report: ConversionReport, apart: Collection[st
 def _join_chains(model: nn.Module, report: ConversionReport) -> None:
     """Compute blocks that stand in a row in one call, also those of neighbouring ``nn.Sequential`` modules."""
     for name, module in _sequentials(model):
-        children, at, longest = in_a_row(module), 0, 0
+        children, at, longest = in_a_row(module._modules.values()), 0, 0
         while at < len(children):
             chain = chain_at(children, at)
             longest = max(longest, len(chain))
@@ -164,15 +163,3 @@ def _reduce_ex(self: nn.Module, protocol: int):
 def _rebuild(base: type[nn.Module] | Rewrite, *description) -> nn.Module:
     cls = _fused_class(generated_class(base) if isinstance(base, Rewrite) else base, *description)
     return cls.__new__(cls)
-
-
-def _read_block(module: nn.Module) -> BlockLayers | None:
-    """The layers of ``module``, if it is an inverted residual block and nothing else."""
-    if isinstance(module, FrozenInvertedResidual) or sum(isinstance(m, FrozenConvBias) for m in module.modules()) > 3:
-        return None
-    if isinstance(module, nn.Sequential) and not any(isinstance(m, FrozenConvBias) for m in module.children()):
-        return None  # a stage that holds one block: the block inside is what is meant
-    layers = read_block(module)
-    if layers is None or layers.reduce is not None or layers.drop is not None or not_a_block(*layers.chain):
-        return None
-    return layers

@@ -10,8 +10,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from tinytl_kernels.core.activations import FULL_RESULT
-from tinytl_kernels.nn import FrozenConvBias
+from tinytl_kernels.nn import FrozenConvBias, FrozenInvertedResidual
 from tinytl_kernels.nn.activation import activation_name
+from tinytl_kernels.nn.frozen_inverted_residual import not_a_block
 
 from .functional import activation_call, is_addition
 from .probe import tampered
@@ -65,6 +66,18 @@ def read_block(module: nn.Module) -> BlockLayers | None:
         return None
     used = len(layers.convs) + sum(conv is not None for conv in (layers.reduce, layers.restore))
     return layers if used == len(convs) else None
+
+
+def read_inverted_residual(module: nn.Module) -> BlockLayers | None:
+    """The layers of ``module``, if it is an inverted residual block and nothing else."""
+    if isinstance(module, FrozenInvertedResidual) or sum(isinstance(m, FrozenConvBias) for m in module.modules()) > 3:
+        return None
+    if isinstance(module, nn.Sequential) and not any(isinstance(m, FrozenConvBias) for m in module.children()):
+        return None  # a stage that holds one block: the block inside is what is meant
+    layers = read_block(module)
+    if layers is None or layers.reduce is not None or layers.drop is not None or not_a_block(*layers.chain):
+        return None
+    return layers
 
 
 class _Reader:

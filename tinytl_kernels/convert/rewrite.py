@@ -1,5 +1,5 @@
-"""Modules whose own forward calls functional activations or pools, or one activation module again and again (the
-``self.relu`` of torchvision's ResNet): that forward is generated anew from its fx graph.
+"""Modules whose own forward calls functional activations or pools, one activation module again and again (the
+``self.relu`` of torchvision's ResNet), or layers in a row: that forward is generated anew from its fx graph.
 
 The instance gets a subclass of its own class, so that ``isinstance``, methods, attributes and names stay. Only the
 smallest enclosing module is touched. As with any code from an fx graph, plain Python attributes that forward reads
@@ -27,6 +27,7 @@ from tinytl_kernels.nn import FrozenConvBias, activation_name
 from .aliasing import safe_in_place
 from .functional import IN_PLACE_ADDITIONS, activation_call, is_addition, lean_call, writes_in_place
 from .probe import looks_like_batchnorm, plain_activation, tampered
+from .rows import join_rows
 from .trace import MODES, required_arguments, trace_shallow
 
 _ATTRIBUTE = "_tinytl_rewrite"
@@ -69,7 +70,8 @@ def owners_of_functions(graphs: list[fx.Graph]) -> list[nn.Module]:
 
 
 def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) -> tuple[list[str], list[str]]:
-    """Replace the functional calls of ``module``'s own forward by lean operators.
+    """Replace the functional calls of ``module``'s own forward by lean operators, and join the layers that it calls in
+    a row.
 
     Args:
         module: Changed in place: its class becomes a generated subclass.
@@ -95,6 +97,7 @@ def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) ->
     fused = {path: name for path, (name, _) in kinds.items()}
     for graph in graphs.values():
         _replace_calls(graph, done, kept)
+        done |= dict.fromkeys(join_rows(graph))
     if done:
         module.__class__ = generated_class(_describe(type(module), graphs, fused))
         for path, name in fused.items():
@@ -346,7 +349,7 @@ def generated_class(rewrite: Rewrite) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
-        "forward": _dispatcher(original),
+        "forward": _dispatcher(original, reachable=not rewrite.fused),
         "_forward_in_training": functions["train"],
         "_forward_in_evaluation": functions["eval"],
         _ATTRIBUTE: rewrite,
@@ -354,8 +357,9 @@ def generated_class(rewrite: Rewrite) -> type[nn.Module]:
     return type(original.__name__, (original,), attributes)
 
 
-def _dispatcher(original: type[nn.Module]) -> Callable:
-    """A forward with the original signature that picks the code of the mode."""
+def _dispatcher(original: type[nn.Module], reachable: bool) -> Callable:
+    """A forward with the original signature that picks the code of the mode; or, where that computes the same, the
+    original one, with an optional argument and while timm's switch says that the blocks are to be checkpointed."""
     forward = original.forward
     names: dict[str, Any] = {"_stock": original}
     signature, passed, given = ["self"], ["self"], []
@@ -377,6 +381,8 @@ def _dispatcher(original: type[nn.Module]) -> Callable:
             signature.append(f"{p.name}=_default_{p.name}")
             same = "!=" if isinstance(p.default, (int, float, str)) and not isinstance(p.default, bool) else "is not"
             given.append(f"{p.name} {same} _default_{p.name}")
+    if reachable:
+        given.append('self.__dict__.get("grad_checkpointing")')  # an argument may be called getattr
     guard = f"if {' or '.join(given)}:\n        return _stock.forward({', '.join(passed)})\n    " if given else ""
     source = _DISPATCH.format(signature=", ".join(signature), required=", ".join(required[1:]), guard=guard)
     dispatcher = _execute(source, names, original, "dispatch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -43,34 +43,41 @@ class FusedSequential(nn.Sequential):
     fused = True
 
     def forward(self, input):
-        if not self.fused or every_module_hooked():
-            return super().forward(input)
-        children = in_a_row(self)
-        at = looked_at = 0  # a chain that was refused is not looked at again from its second block on
-        behind_chain = None  # where no block begins
-        while at < len(children):
-            output = None
-            if at != behind_chain and isinstance(input, Tensor) and input.dim() == 4:
-                output, after = _chain_from_stem(children, at, input)
-                if output is None and at >= looked_at:
-                    output, after = _chain(children, at, input)
-                    looked_at = after
-                if output is None:
-                    output, after = _block(children, at, input)
-                else:
-                    behind_chain = after
-            if output is None:
-                output, after = children[at](input), at + 1
-            input, at = output, after
+        return run_in_a_row(self._modules.values(), input) if self.fused else super().forward(input)
+
+
+def run_in_a_row(modules: Iterable[nn.Module], input):
+    """What ``modules`` make of ``input`` one after the other, as the children of a :class:`FusedSequential`."""
+    if every_module_hooked():
+        for module in modules:
+            input = module(input)
         return input
+    children = in_a_row(modules)
+    at = looked_at = 0  # a chain that was refused is not looked at again from its second block on
+    behind_chain = None  # where no block begins
+    while at < len(children):
+        output = None
+        if at != behind_chain and isinstance(input, Tensor) and input.dim() == 4:
+            output, after = _chain_from_stem(children, at, input)
+            if output is None and at >= looked_at:
+                output, after = _chain(children, at, input)
+                looked_at = after
+            if output is None:
+                output, after = _block(children, at, input)
+            else:
+                behind_chain = after
+        if output is None:
+            output, after = children[at](input), at + 1
+        input, at = output, after
+    return input
 
 
-def in_a_row(sequential: nn.Sequential) -> list[nn.Module]:
-    """The children of ``sequential``; in the place of a ``Sequential`` among them that nobody watches, its own."""
+def in_a_row(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """``modules``; in the place of a ``Sequential`` among them that nobody watches, its children."""
     children = []
-    for child in sequential._modules.values():
-        plain = type(child) is nn.Sequential or (type(child) is FusedSequential and child.fused)
-        children += in_a_row(child) if plain and not hooked(child) else (child,)
+    for module in modules:
+        plain = type(module) is nn.Sequential or (type(module) is FusedSequential and module.fused)
+        children += in_a_row(module._modules.values()) if plain and not hooked(module) else (module,)
     return children
 
 
