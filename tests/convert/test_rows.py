@@ -111,6 +111,38 @@ def test_the_switch_that_checkpoints_the_blocks_still_switches():
     assert convert(on, "bias", example_input=X)(X).shape == (2, 5)
 
 
+class Switches(Named):
+    """Attributes of every kind that forward reads, one of them in a method, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.scale, self.kind, self.shift, self.unread = 0.0, 2, "mean", None, 5
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.kind == "mean" else x.amax((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pooled(self.features(x)) * self.scale
+        if self.rate > 0:
+            x = x * (1 - self.rate)
+        return self.fc(x if self.shift is None else x + self.shift)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rate", 0.5), ("scale", 3), ("kind", "max"), ("shift", 1.5)])
+def test_an_attribute_that_forward_reads_may_change_later(name, value, cpu_kernels):
+    stock = named(Switches)
+    model = convert(stock, "bias", example_input=X)
+    assert JOINED in [note.text for note in conversion_report(model).done if note.path == ""]
+    torch.testing.assert_close(model(X), stock(X), rtol=1e-4, atol=1e-5)
+    before = getattr(model, name)
+    for m in (model, stock):
+        setattr(m, name, value)
+    torch.testing.assert_close(model(X), stock(X), rtol=1e-4, atol=1e-5)
+    setattr(model, name, before)
+    model.unread = 6
+    assert len(kernels(model)) == 1
+
+
 def test_lite_residuals_stand_in_the_row(cpu_kernels):
     model = convert(named(), "lite_residual+bias", example_input=X)
     assert JOINED in [note.text for note in conversion_report(model).done if note.path == ""]

@@ -3,8 +3,9 @@
 
 The instance gets a subclass of its own class, so that ``isinstance``, methods, attributes and names stay. Only the
 smallest enclosing module is touched. As with any code from an fx graph, plain Python attributes that forward reads
-(a dropout rate, a flag) are fixed at the time of the conversion; ``self.training`` is not, and a call with an optional
-argument takes the original forward.
+(a dropout rate, a flag) are fixed at the time of the conversion; ``self.training`` is not. Where the original forward
+computes the same, no activation having been fused, it is taken once one of them has changed; and in a call with an
+optional argument.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .aliasing import safe_in_place
 from .functional import IN_PLACE_ADDITIONS, activation_call, is_addition, lean_call, writes_in_place
 from .probe import looks_like_batchnorm, plain_activation, tampered
 from .rows import join_rows
-from .trace import MODES, required_arguments, trace_shallow
+from .trace import MODES, noting_attributes, required_arguments, trace_shallow
 
 _ATTRIBUTE = "_tinytl_rewrite"
 
@@ -42,12 +43,14 @@ class Rewrite:
         sources: The generated code, by mode.
         names: What that code refers to: ``(name, object)``, a module as ``(name, ("module", its name))``.
         fused: ``(path, activation)`` of the convolutions that took over an activation of this forward.
+        read: ``(attribute, value)`` of the plain Python attributes that it was generated for.
     """
 
     original: type[nn.Module]
     sources: tuple[tuple[str, str], ...]
     names: tuple[tuple[str, Any], ...]
     fused: tuple[tuple[str, str], ...]
+    read: tuple[tuple[str, bool | int | float | str | None], ...]
 
 
 def owners_of_functions(graphs: list[fx.Graph]) -> list[nn.Module]:
@@ -84,7 +87,8 @@ def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) ->
     if refusal:
         return [], [refusal]
     try:
-        graphs = trace_shallow(module)
+        with noting_attributes(module) as read:
+            graphs = trace_shallow(module)
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         return [], [f"functional calls stay: torch.fx cannot trace its forward ({type(error).__name__})"]
     if any(node.op == "get_attr" and not _exists(module, node.target) for g in graphs.values() for node in g.nodes):
@@ -99,7 +103,7 @@ def rewrite_forward(module: nn.Module, may_fuse: Callable[[nn.Module], bool]) ->
         _replace_calls(graph, done, kept)
         done |= dict.fromkeys(join_rows(graph))
     if done:
-        module.__class__ = generated_class(_describe(type(module), graphs, fused))
+        module.__class__ = generated_class(_describe(type(module), graphs, fused, read))
         for path, name in fused.items():
             module.get_submodule(path).activation = name
     return list(done), list(kept)
@@ -309,7 +313,9 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _describe(original: type[nn.Module], graphs: dict[str, fx.Graph], fused: dict[str, str]) -> Rewrite:
+def _describe(
+    original: type[nn.Module], graphs: dict[str, fx.Graph], fused: dict[str, str], read: dict[str, Any]
+) -> Rewrite:
     sources, names = [], {}
     for mode in MODES:
         for node in graphs[mode].nodes:
@@ -320,7 +326,8 @@ def _describe(original: type[nn.Module], graphs: dict[str, fx.Graph], fused: dic
         for name, value in code.globals.items():
             if name in used:
                 names[name] = ("module", value.__name__) if isinstance(value, ModuleType) else value
-    return Rewrite(original, tuple(sources), tuple(sorted(names.items())), tuple(fused.items()))
+    names, read = (tuple(sorted(d.items())) for d in (names, read))
+    return Rewrite(original, tuple(sources), names, tuple(fused.items()), read)
 
 
 def _code_names(code) -> list[str]:
@@ -349,7 +356,7 @@ def generated_class(rewrite: Rewrite) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
-        "forward": _dispatcher(original, reachable=not rewrite.fused),
+        "forward": _dispatcher(original, () if rewrite.fused else rewrite.read),
         "_forward_in_training": functions["train"],
         "_forward_in_evaluation": functions["eval"],
         _ATTRIBUTE: rewrite,
@@ -357,9 +364,9 @@ def generated_class(rewrite: Rewrite) -> type[nn.Module]:
     return type(original.__name__, (original,), attributes)
 
 
-def _dispatcher(original: type[nn.Module], reachable: bool) -> Callable:
-    """A forward with the original signature that picks the code of the mode; or, where that computes the same, the
-    original one, with an optional argument and while timm's switch says that the blocks are to be checkpointed."""
+def _dispatcher(original: type[nn.Module], read: tuple[tuple[str, Any], ...]) -> Callable:
+    """A forward with the original signature that picks the code of the mode; the original one with an optional argument
+    and where an attribute is no longer what was ``read``."""
     forward = original.forward
     names: dict[str, Any] = {"_stock": original}
     signature, passed, given = ["self"], ["self"], []
@@ -381,8 +388,9 @@ def _dispatcher(original: type[nn.Module], reachable: bool) -> Callable:
             signature.append(f"{p.name}=_default_{p.name}")
             same = "!=" if isinstance(p.default, (int, float, str)) and not isinstance(p.default, bool) else "is not"
             given.append(f"{p.name} {same} _default_{p.name}")
-    if reachable:
-        given.append('self.__dict__.get("grad_checkpointing")')  # an argument may be called getattr
+    for name, value in read:
+        names[f"_read_{name}"] = value
+        given.append(f"self.__dict__.get({name!r}) != _read_{name}")  # not getattr: an argument may be called that
     guard = f"if {' or '.join(given)}:\n        return _stock.forward({', '.join(passed)})\n    " if given else ""
     source = _DISPATCH.format(signature=", ".join(signature), required=", ".join(required[1:]), guard=guard)
     dispatcher = _execute(source, names, original, "dispatch")

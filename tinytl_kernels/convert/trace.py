@@ -138,6 +138,29 @@ def trace_shallow(module: nn.Module) -> dict[str, fx.Graph]:
         return _both_modes(module, (), shallow=True)
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@contextmanager
+def noting_attributes(module: nn.Module) -> Iterator[dict[str, bool | int | float | str | None]]:
+    """Which plain Python attributes of ``module`` are read inside of the block, and their values; not ``training``, and
+    not ``num_classes``, which goes with the head."""
+    cls, read = type(module), {}
+
+    def noting(self, name: str):
+        value = cls.__getattribute__(self, name)
+        public = not name.startswith("_") and name not in ("training", "num_classes")
+        if self is module and public and name in vars(module) and isinstance(value, _PLAIN):
+            read.setdefault(name, value)
+        return value
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": noting, "__module__": cls.__module__})
+    try:
+        yield read
+    finally:
+        module.__class__ = cls
+
+
 def _trace_piece(root: nn.Module, path: str, flow: Flow) -> None:
     reasons: dict[nn.Module, str] = {}
     graphs = _trace_around(root, reasons)
