@@ -252,8 +252,8 @@ struct Linear : Function<Linear> {
   }
 };
 
-// Whether a call with these tensors would come to a kernel for CPU tensors and nothing else would see it: no subclass, no
-// mode, no transform, no tracer, no autocast.
+// Whether a call with these tensors would come to a kernel for CPU tensors and nothing else but autocast would see it: no
+// subclass, no mode, no transform, no tracer.
 bool plain(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
   using c10::DispatchKey;
   const auto tls = c10::impl::tls_local_dispatch_key_set();
@@ -264,24 +264,33 @@ bool plain(const at::Tensor& input, const at::Tensor& weight, const OptionalTens
   constexpr c10::DispatchKeySet kUsual(
       {DispatchKey::CPU, DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
        DispatchKey::AutocastCPU});
-  return kUsual.isSupersetOf(keys) && !at::autocast::is_autocast_enabled(at::kCPU);
+  return kUsual.isSupersetOf(keys);
 }
 
+// Of any dtype of input.
 bool few_rows(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
-  const auto matrix = [](const at::Tensor& tensor) {
-    return tensor.dim() == 2 && tensor.numel() > 0 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous();
+  const auto in_float = [](const at::Tensor& tensor, int64_t dimensions) {
+    return tensor.dim() == dimensions && tensor.scalar_type() == at::kFloat && tensor.is_contiguous();
   };
-  const auto fits = [&](const at::Tensor& bias) {
-    return bias.dim() == 1 && bias.size(0) == weight.size(0) && bias.scalar_type() == at::kFloat && bias.is_contiguous();
-  };
-  return matrix(input) && matrix(weight) && input.size(0) <= kMostRows && input.size(1) == weight.size(1) &&
-      (!bias.has_value() || fits(*bias));
+  return in_float(weight, 2) && input.dim() == 2 && input.is_contiguous() && input.numel() > 0 &&
+      weight.numel() > 0 && input.size(0) <= kMostRows && input.size(1) == weight.size(1) &&
+      (!bias.has_value() || (in_float(*bias, 1) && bias->size(0) == weight.size(0)));
 }
 
-// at::linear of any arguments.
+// at::linear of any arguments. Under autocast only the rows are rounded: weights are multiplied as they are, and neither
+// they nor their gradient are copied into another dtype.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
-  return plain(input, weight, bias) && few_rows(input, weight, bias) ? Linear::apply(input, weight, bias)
-                                                                     : at::linear(input, weight, bias);
+  if (plain(input, weight, bias) && few_rows(input, weight, bias)) {
+    const bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
+    const auto dtype = autocast ? at::autocast::get_autocast_dtype(at::kCPU) : at::kFloat;
+    if (autocast && (input.scalar_type() == at::kFloat || input.scalar_type() == dtype)) {
+      return Linear::apply(input.to(dtype).to(at::kFloat), weight, bias).to(dtype);
+    }
+    if (!autocast && input.scalar_type() == at::kFloat) {
+      return Linear::apply(input, weight, bias);
+    }
+  }
+  return at::linear(input, weight, bias);
 }
 
 } // namespace

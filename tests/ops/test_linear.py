@@ -115,12 +115,26 @@ def test_what_does_not_fit_is_pytorchs_error(x, w, b):
     assert str(raised.value) == str(expected.value)
 
 
-def test_autocast_is_pytorchs():
-    x, w, b = operands(4, 32, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, expected = ops.linear(x, w, b), F.linear(x, w, b)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, "autocast"])
+@pytest.mark.parametrize("rows", [8, 40])
+def test_autocast(rows, given, dtype):
+    """Dtypes are PyTorch's, and errors at most: it rounds the rows as they are rounded here, and the weight, too."""
+    x, w, b = operands(rows, 100, 24)
+    x = x.to(dtype if given == "autocast" else given)
+    grad = torch.randn(rows, 24).to(dtype)
+    results = []
+    for f in (ops.linear, F.linear):
+        inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+        with torch.autocast("cpu", dtype, cache_enabled=False):
+            y = f(*inputs)
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    exact_inputs = [t.double().requires_grad_() for t in (x.to(dtype), w, b)]
+    y = F.linear(*exact_inputs)
+    exact = (y.detach(), *torch.autograd.grad(y, exact_inputs, grad.double()))
+    for ours, theirs, e in zip(*results, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.double() - e).norm() <= 1.01 * (theirs.double() - e).norm() + 1e-6 * e.norm()
 
 
 def test_compiles_as_one_graph():

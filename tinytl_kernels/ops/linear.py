@@ -19,8 +19,9 @@ from tinytl_kernels.backends import fused_implementation
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, faster for few rows where a backend has a kernel.
 
-    On a CPU it has, for up to 32 rows in float32; more rows, other dtypes and other dimensions are PyTorch's own, as
-    everything is while compiling and under autocast.
+    On a CPU it has, for up to 32 rows and a weight in float32; more rows, other dtypes and other dimensions are
+    PyTorch's own, as everything is while compiling. Under autocast the output is in its dtype, and the rows are rounded
+    to it, but neither the weight nor its gradient are.
 
     Args:
         input: (..., I).
