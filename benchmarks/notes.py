@@ -185,8 +185,8 @@ _ENTRIES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("group_norm_64_56", _BOTH, ("two passes",)),
     ("hardsigmoid_64_56", _FORWARD, ("tenants",)),
     ("lite_branch_24_24_28", _BOTH, ("part vectors", "branch")),
-    ("linear_1280_1000", _BOTH, ("eight rows",)),
     ("lite_branch_96_96_7", _BOTH, ("packing", "branch")),
+    ("linear_1280_1000", _BOTH, ("eight rows",)),
 )
 
 # (case, direction) -> names of reasons, the weightiest first.

@@ -257,9 +257,12 @@ def test_the_last_convolution_is_asked_for_with_the_blocks_before_it(activation,
 def test_what_is_no_last_convolution(why, layers, cpu_kernels):
     model, x = with_last(*layers()), torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
     assert called(model, x)[0] == 2, why
-    watched = with_last(conv(6, 8))
-    watched[2].register_forward_hook(lambda *_: None)
-    assert called(watched, x) == [2]
+
+
+def test_a_last_convolution_that_is_watched_is_called(cpu_kernels):
+    model, x = with_last(conv(6, 8)), torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    model[2].register_forward_hook(lambda *_: None)
+    assert called(model, x) == [2]
 
 
 def test_a_last_convolution_that_does_not_fit_is_its_own_error(cpu_kernels):

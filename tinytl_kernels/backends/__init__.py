@@ -111,7 +111,7 @@ def backend_of(operator: str, tensor: torch.Tensor) -> ModuleType:
         return module if operator in module.OPERATORS else backend_module("reference")
     for name in AUTOMATIC:
         module = backend_module(name)
-        if operator in module.OPERATORS and not module.cannot_take(tensor) and not module.unavailable_reason():
+        if operator in module.OPERATORS and _takes(module, tensor):
             return module
     raise AssertionError(f"no backend implements {operator!r}")  # reference implements all, by its tests
 
@@ -121,7 +121,7 @@ def fused_implementation(chain: str, tensor: torch.Tensor) -> Callable | None:
     for name in (forced,) if (forced := forced_backend()) else AUTOMATIC:
         module = backend_module(name)
         compute = getattr(module, "FUSED", {}).get(chain)
-        if compute is not None and not module.cannot_take(tensor) and not module.unavailable_reason():
+        if compute is not None and _takes(module, tensor):
             return compute
     return None
 
@@ -129,6 +129,10 @@ def fused_implementation(chain: str, tensor: torch.Tensor) -> Callable | None:
 def forced_backend() -> str | None:
     """The name of the backend that is forced, None where each tensor's is picked."""
     return _forced[-1].name if _forced else os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def _takes(module: ModuleType, tensor: torch.Tensor) -> bool:
+    return not module.cannot_take(tensor) and not module.unavailable_reason()
 
 
 def _require_available(name: str) -> None:
